@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +31,7 @@ def target_logps(logits: Tensor, targets: Tensor, *, softcap: float | None) -> T
 
 
 def edge_logps(
-    hidden: Tensor,
-    predictors: Tensor,
+    states: Tensor,
     targets: Tensor,
     *,
     head: Callable[[Tensor], Tensor],
@@ -42,33 +40,20 @@ def edge_logps(
 ) -> Tensor:
     """Return log p(target | path up to the predictor) of each edge, (E,) in nats, fp32.
 
-    Only predictors pass the head, `chunk_size` at a time; a chunk's logits are made again in the
-    backward pass, so peak memory is chunk_size * V. The head is called as a module (its forward
-    runs), because weights touched outside a forward are empty shards under ZeRO-3.
+    Only predictors pass the head, `chunk_size` at a time. Without gradient (the reference, probes)
+    the peak memory is chunk_size * V; training takes `head_loss`. The head is called as a module
+    (its forward runs), because weights touched outside a forward are empty shards under ZeRO-3.
 
     Args:
-        hidden: (B, T, D).
-        predictors: (E,) int64, flat positions in (B, T).
+        states: (E, D), hidden states of the predictors.
         targets: (E,) int64.
         head: Maps (n, D) to (n, V).
         softcap: See `target_logps`.
         chunk_size: Edges per chunk.
     """
-    selected = hidden.flatten(0, 1)[predictors]
 
-    def logps(states: Tensor, wanted: Tensor) -> Tensor:
-        return target_logps(head(states), wanted, softcap=softcap)
-
-    if len(targets) <= chunk_size:
-        return logps(selected, targets)
-    parts = []
-    chunks = (torch.split(selected, chunk_size), torch.split(targets, chunk_size))
-    for states, wanted in zip(*chunks, strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(logps, states, wanted, use_reentrant=False))
-        else:
-            parts.append(logps(states, wanted))
-    return torch.cat(parts)
+    chunks = zip(states.split(chunk_size), targets.split(chunk_size), strict=True)
+    return torch.cat([target_logps(head(x), wanted, softcap=softcap) for x, wanted in chunks])
 
 
 def path_logps(logps: Tensor, paths: Tensor, num_paths: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 import lightning.pytorch as pl
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,7 @@ from backtrack.adapters import add_lora
 from backtrack.backbone import check_architecture
 from backtrack.checks import check_values, method_of
 from backtrack.config import ConfigError, check_command_line
+from backtrack.cpu import tune_for_training
 from backtrack.data.examples import Recipe
 from backtrack.data.load import load_data, make_source, write_report
 from backtrack.data.mixture import mix_schedule
@@ -83,6 +85,8 @@ def train(cfg: DictConfig) -> TrainResult:
         runs.save_config(run.folder, cfg)
         runs.keep_log(run.folder)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        tune_for_training()
 
     tokenizer = make_tokenizer(cfg)
     data = make_data(cfg, tokenizer, run.folder)

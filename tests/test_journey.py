@@ -15,6 +15,7 @@ from backtrack.data.forest import attention_allowed
 from backtrack.data.sources import FileSource
 from backtrack.data.types import PreferenceTriple, Segment, Turn
 from backtrack.losses import sigmoid_loss
+from backtrack.modules.dpo import pair_logps
 from backtrack.tokens import add_reset_token
 from tests.modules.builders import dpo_module
 from tests.tiny import byte_tokenizer, tiny_model
@@ -141,7 +142,8 @@ def test_journey_of_one_row_from_file_to_loss(tmp_path):  # noqa: PLR0915 - read
 
     # 5. DPOModule.training_step: log-probs of the branches.
     module = dpo_module(model_with_known_probabilities(), beta=0.5)
-    pairs, edges = module.pair_logps(batch)
+    edges = module.forest_logps(forest)
+    pairs = pair_logps(forest, edges, module.reference_logps(batch))
     log_262, log_3 = math.log(262), math.log(3)
     expected = torch.full((13,), -log_262)
     expected[[0, 8]] += log_3

@@ -26,7 +26,11 @@ def setup():
 def compute(setup, *, softcap, chunk_size):
     hidden, head, predictors, targets = setup
     return edge_logps(
-        hidden, predictors, targets, head=head, softcap=softcap, chunk_size=chunk_size
+        hidden.flatten(0, 1)[predictors],
+        targets,
+        head=head,
+        softcap=softcap,
+        chunk_size=chunk_size,
     )
 
 
@@ -90,14 +94,15 @@ def test_head_sees_at_most_a_chunk_of_predictors_at_a_time(setup):
         seen.append(tuple(states.shape))
         return head(states)
 
-    edge_logps(hidden, predictors, targets, head=spy, softcap=None, chunk_size=4)
+    states = hidden.flatten(0, 1)[predictors]
+    edge_logps(states, targets, head=spy, softcap=None, chunk_size=4)
     assert seen == [(4, 8), (4, 8), (3, 8)]  # 11 edges, never the 12 tokens
 
 
 def test_no_edges_give_no_logps_but_a_gradient_of_zero(setup):
     hidden, head, _, _ = setup
     none = torch.zeros(0, dtype=torch.int64)
-    logps = edge_logps(hidden, none, none, head=head, softcap=None, chunk_size=4)
+    logps = edge_logps(hidden.flatten(0, 1)[none], none, head=head, softcap=None, chunk_size=4)
     assert logps.shape == (0,)
     for gradient in gradients(path_logps(logps, none, 2).sum(), setup):
         assert_close(gradient, torch.zeros_like(gradient))

@@ -36,6 +36,8 @@ class Forest(NamedTuple):
         weights: (E,) float32.
         pairs: (N, 2) int64, paths of chosen and rejected.
         pair_weights: (N,) float32.
+        pair_ends: N numbers, ascending: the edges of pair n are those from the end of pair n - 1 up to
+            its own.
         num_paths: P.
         num_tokens: Tokens that are not padding.
     """
@@ -50,6 +52,7 @@ class Forest(NamedTuple):
     weights: Tensor
     pairs: Tensor
     pair_weights: Tensor
+    pair_ends: tuple[int, ...]
     num_paths: int
     num_tokens: int
 
@@ -261,6 +264,8 @@ def _to_tensors(
             pairs.append((first_path + chosen, first_path + rejected))
             pair_weights.append(weight)
         first_path += len(tree.paths)
+    sizes = np.bincount(np.asarray(edges.paths, np.int64), minlength=first_path)
+    ends = np.cumsum([sizes[chosen] + sizes[rejected] for chosen, rejected in pairs])
     flat = np.asarray(edges.rows, dtype=np.int64) * width + np.asarray(edges.columns, np.int64)
     return Forest(
         input_ids=torch.from_numpy(input_ids),
@@ -273,6 +278,7 @@ def _to_tensors(
         weights=torch.tensor(edges.weights, dtype=torch.float32),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         pair_weights=torch.tensor(pair_weights, dtype=torch.float32),
+        pair_ends=tuple(ends.astype(int).tolist()),
         num_paths=first_path,
         num_tokens=sum(len(row.ids) for row in planted),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,16 +16,19 @@ from transformers import get_cosine_schedule_with_warmup
 
 from backtrack.backbone import backbone_and_head, tree_attention_mask
 from backtrack.data.forest import Forest, attention_allowed, is_causal
+from backtrack.head_loss import head_loss
 from backtrack.logps import edge_logps
 from backtrack.models import model_identity
+from backtrack.tree_attention import attends_by_tree, flatten, use_tree_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from backtrack.data.batching import StepBatch
+    from backtrack.head_loss import GroupLoss
 
 
 RESET_ROW = "trainable_tokens_delta"
@@ -79,6 +82,7 @@ class ForestModule(pl.LightningModule):
             reset_token_id: Id of [RESET], for logging.
         """
         super().__init__()
+        use_tree_attention(model)
         self.model = model
         self.optimizer_settings = optimizer
         self.num_steps = num_steps
@@ -87,29 +91,65 @@ class ForestModule(pl.LightningModule):
         self.strict_loading = False  # frozen weights are in no checkpoint, see on_save_checkpoint
         self._sums: dict[str, Tensor] = {}
 
-    def forest_logps(self, forest: Forest) -> Tensor:
-        """Return the log-probability of each edge of a forest: (E,) in nats, fp32."""
-        parts = backbone_and_head(self.model)
+    def hidden_states(self, forest: Forest) -> Tensor:
+        """Return the hidden states of the edges' predictors: (E, D), what the head turns to logits."""
+        backbone, config = backbone_and_head(self.model).backbone, self.model.config
+        if attends_by_tree(config) and not is_causal(forest):
+            flat = flatten(forest, config)
+            output = backbone(
+                input_ids=flat.input_ids,
+                position_ids=flat.position_ids,
+                attention_mask=flat.masks,
+                use_cache=False,
+            )
+            return cast("Tensor", output.last_hidden_state)[0, flat.predictors]
         mask: Any
         if is_causal(forest):
             mask = (forest.segment_ids >= 0).long()
             mask[:, 0] = 1  # rows of an empty share are all padding, but must attend to something
         else:
-            allowed = attention_allowed(forest)
-            mask = tree_attention_mask(self.model.config, allowed, forest.position_ids)
-        output = parts.backbone(
+            mask = tree_attention_mask(config, attention_allowed(forest), forest.position_ids)
+        output = backbone(
             input_ids=forest.input_ids,
             position_ids=forest.position_ids,
             attention_mask=mask,
             use_cache=False,
         )
+        return cast("Tensor", output.last_hidden_state).flatten(0, 1)[forest.predictors]
+
+    def forest_logps(self, forest: Forest) -> Tensor:
+        """Return the log-probability of each edge of a forest: (E,) in nats, fp32."""
+        _, head, softcap = backbone_and_head(self.model)
         return edge_logps(
-            output.last_hidden_state,
-            forest.predictors,
+            self.hidden_states(forest),
             forest.targets,
-            head=parts.head,
-            softcap=parts.softcap,
+            head=head,
+            softcap=softcap,
             chunk_size=self.chunk_size,
+        )
+
+    def forest_loss(
+        self, forest: Forest, *, ends: Sequence[int], loss: GroupLoss
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss over groups of edges, and the log-probs without gradient: (E,).
+
+        Args:
+            forest: Of one micro-batch.
+            ends: End of each group of edges, see `head_loss`.
+            loss: Of some consecutive groups.
+        """
+        if not torch.is_grad_enabled():
+            logps = self.forest_logps(forest)
+            return loss(logps, slice(0, len(logps))), logps
+        _, head, softcap = backbone_and_head(self.model)
+        return head_loss(
+            self.hidden_states(forest),
+            forest.targets,
+            head=head,
+            softcap=softcap,
+            ends=ends,
+            chunk_size=self.chunk_size,
+            loss=loss,
         )
 
     def scaled(self, loss_sum: Tensor, batch: StepBatch) -> Tensor:
@@ -163,6 +203,7 @@ class ForestModule(pl.LightningModule):
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
+            fused=True,
         )
         schedule = get_cosine_schedule_with_warmup(
             optimizer, round(settings.warmup_fraction * self.num_steps), self.num_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from backtrack.data.batching import StepBatch
+    from backtrack.data.forest import Forest
 
 
 class DPOSettings(NamedTuple):
@@ -25,6 +27,26 @@ class DPOSettings(NamedTuple):
     loss: str
     beta: float
     label_smoothing: float
+
+
+EVERY = slice(None)
+
+
+def pair_logps(
+    forest: Forest, logps: Tensor, reference: Tensor, *, edges: slice = EVERY, some: slice = EVERY
+) -> PairLogps:
+    """Return the branch log-probs of some pairs of a forest, (N,) each.
+
+    Args:
+        forest: With pairs.
+        logps: Of the edges `edges`, which hold all edges of the pairs `some`.
+        reference: (P,) branch log-probs of the reference.
+        edges: All, unless given.
+        some: All, unless given.
+    """
+    policy = path_logps(logps, forest.paths[edges], forest.num_paths)
+    chosen, rejected = forest.pairs[some].unbind(1)
+    return PairLogps(policy[chosen], policy[rejected], reference[chosen], reference[rejected])
 
 
 class DPOModule(ForestModule):
@@ -59,17 +81,11 @@ class DPOModule(ForestModule):
                 batch_size=1,
             )
 
-    def pair_logps(self, batch: StepBatch) -> tuple[PairLogps, Tensor]:
-        """Return the branch log-probs of the batch's pairs, and its edge log-probs."""
-        forest = batch.forest
-        edges = self.forest_logps(forest)
-        policy = path_logps(edges, forest.paths, forest.num_paths)
-        reference = batch.reference_logps
-        if reference is None:
-            reference = self.adapterless_logps(batch)
-        chosen, rejected = forest.pairs[:, 0], forest.pairs[:, 1]
-        pairs = PairLogps(policy[chosen], policy[rejected], reference[chosen], reference[rejected])
-        return pairs, edges
+    def reference_logps(self, batch: StepBatch) -> Tensor:
+        """Return the branch log-probs of the reference: (P,) in nats."""
+        if batch.reference_logps is not None:
+            return batch.reference_logps
+        return self.adapterless_logps(batch)
 
     def adapterless_logps(self, batch: StepBatch) -> Tensor:
         """Return the branch log-probs with the LoRA adapter off: (P,), no gradient, no dropout."""
@@ -83,25 +99,35 @@ class DPOModule(ForestModule):
 
     def loss_sums(self, batch: StepBatch) -> dict[str, Tensor]:
         """Return the summed loss of a batch, and the weighted sums that logging needs."""
-        pairs, edges = self.pair_logps(batch)
-        weights, beta = batch.forest.pair_weights, self.settings.beta
-        losses = PREFERENCE_LOSSES[self.settings.loss](
-            pairs, beta=beta, label_smoothing=self.settings.label_smoothing
-        )
+        forest, reference = batch.forest, self.reference_logps(batch)
+        weights, beta = forest.pair_weights, self.settings.beta
+
+        def loss_of(logps: Tensor, edges: slice) -> Tensor:
+            some = slice(
+                *(bisect_right(forest.pair_ends, end) for end in (edges.start, edges.stop))
+            )
+            pairs = pair_logps(forest, logps, reference, edges=edges, some=some)
+            losses = PREFERENCE_LOSSES[self.settings.loss](
+                pairs, beta=beta, label_smoothing=self.settings.label_smoothing
+            )
+            return (losses * weights[some]).sum()
+
+        loss, edges = self.forest_loss(forest, ends=forest.pair_ends, loss=loss_of)
+        pairs = pair_logps(forest, edges, reference)
         with torch.no_grad():
             reward = rewards(pairs, beta=beta)
             # [RESET] where it is chosen: after unsafe prefixes (`reset_probe` has safe ones too).
-            is_chosen = torch.isin(batch.forest.paths, batch.forest.pairs[:, 0])
-            elicited = (batch.forest.targets == self.reset_token_id) & is_chosen
+            is_chosen = torch.isin(forest.paths, forest.pairs[:, 0])
+            elicited = (forest.targets == self.reset_token_id) & is_chosen
         return {
-            "loss": (losses * weights).sum(),
+            "loss": loss,
             "weight": weights.sum(),
             "chosen_rewards": (reward.chosen * weights).sum(),
             "rejected_rewards": (reward.rejected * weights).sum(),
             "accuracies": ((reward.chosen > reward.rejected) * weights).sum(),
-            "chosen_logps": (pairs.policy_chosen.detach() * weights).sum(),
-            "rejected_logps": (pairs.policy_rejected.detach() * weights).sum(),
-            "reset_probability": (edges.detach().exp() * elicited).sum(),
+            "chosen_logps": (pairs.policy_chosen * weights).sum(),
+            "rejected_logps": (pairs.policy_rejected * weights).sum(),
+            "reset_probability": (edges.exp() * elicited).sum(),
             "num_resets": elicited.sum().float(),
         }
 

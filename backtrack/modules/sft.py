@@ -47,12 +47,16 @@ class SFTModule(ForestModule):
     def loss_sums(self, batch: StepBatch) -> dict[str, Tensor]:
         """Return the summed loss of a batch, and the sums that logging needs."""
         forest = batch.forest
-        logps = self.forest_logps(forest)
+        loss, logps = self.forest_loss(
+            forest,
+            ends=range(1, len(forest.targets) + 1),
+            loss=lambda logps, edges: weighted_nll(logps, forest.weights[edges]),
+        )
         with torch.no_grad():
             is_reset = forest.targets == self.reset_token_id
             resets = (logps.exp() * is_reset).sum()
         return {
-            "loss": weighted_nll(logps, forest.weights),
+            "loss": loss,
             "reset_probability": resets,
             "num_resets": is_reset.sum().float(),
         }

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from backtrack.data.batching import deal, step_weight
 from backtrack.data.examples import make_tree
+from backtrack.modules.dpo import pair_logps
 from backtrack.modules.reference import compute_table
 from tests import oracle
 from tests.modules.builders import (
@@ -30,6 +31,11 @@ from tests.tiny import FAMILIES, tiny_model
 METHODS = ("dpo", "dpo_backtrack")
 ORDER = ([0, 1], [], [2, 4, 3])
 BETA = 0.1
+
+
+def pairs_now(module, batch):
+    logps = module.forest_logps(batch.forest)
+    return pair_logps(batch.forest, logps, module.reference_logps(batch))
 
 
 def rows_of(trees):
@@ -70,7 +76,7 @@ def test_dpo_loss_margins_and_gradients_equal_the_naive_loop(family, method, lay
 
     with torch.no_grad():
         scores = oracle.dpo_scores(policy, reference, pairs, beta=BETA)
-        logps, _ = module.pair_logps(batch)
+        logps = pairs_now(module, batch)
         margins = BETA * (
             (logps.policy_chosen - logps.policy_rejected)
             - (logps.reference_chosen - logps.reference_rejected)
@@ -180,7 +186,7 @@ def test_reference_gets_no_gradient_and_is_the_model_without_its_adapter():
     from_adapter, from_table = (
         batch_of(rows_of(trees), table=table) for table in (None, table_of(base, trees))
     )
-    logps, _ = module.pair_logps(from_adapter)
+    logps = pairs_now(module, from_adapter)
     assert not logps.reference_chosen.requires_grad
     assert logps.policy_chosen.requires_grad
     with torch.no_grad():
@@ -201,7 +207,7 @@ def test_reference_without_its_adapter_has_no_dropout_and_leaves_the_training_mo
         layer.self_attn.attention_dropout = 0.5
     policy.get_base_model().model.norm.weight.requires_grad_()  # as under a partly trained base
     module, batch = dpo_module(policy).train(), batch_of([trees])
-    first, second = (module.pair_logps(batch)[0] for _ in range(2))
+    first, second = (pairs_now(module, batch) for _ in range(2))
     assert_close(first.reference_chosen, second.reference_chosen, rtol=0, atol=0)
     assert not torch.equal(first.policy_chosen, second.policy_chosen)
     assert not first.reference_chosen.requires_grad

@@ -1,0 +1,178 @@
+"""The output head and the loss above it in one: exact gradients, logits made once and never kept.
+
+A loss is a sum over groups of edges (one edge in SFT, the edges of one pair in DPO). Once the
+log-probs of a whole group are known its gradient is known too, so it is taken in the forward pass,
+chunk by chunk, while the logits are there: three matrix products where checkpointing needs four,
+and (chunk_size, V) of memory instead of (E, V).
+
+Legend: E edges, G groups, D hidden size, V vocabulary, n edges of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    GroupLoss = Callable[[Tensor, slice], Tensor]
+
+
+def head_loss(
+    states: Tensor,
+    targets: Tensor,
+    *,
+    head: nn.Module,
+    softcap: float | None,
+    ends: Sequence[int],
+    chunk_size: int,
+    loss: GroupLoss,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss, a scalar, and the log-probs of the edges, (E,) in nats, fp32.
+
+    Args:
+        states: (E, D) hidden states of the predictors.
+        targets: (E,) int64.
+        head: Maps (n, D) to (n, V); its trainable parameters get their gradient.
+        softcap: See `logps.target_logps`.
+        ends: End of each group, ascending; the last one is E. Groups must not depend on each other.
+        chunk_size: Edges per chunk. A larger group makes its logits twice, once for its log-probs
+            and once for its gradient.
+        loss: Takes the log-probs of some consecutive groups and their slice of the edges, and
+            returns their summed loss. Differentiated with respect to the log-probs alone.
+    """
+    weights = [p for p in head.parameters() if p.requires_grad]
+    found = _HeadLoss.apply(states, targets, head, softcap, ends, chunk_size, loss, *weights)
+    return found[0], found[1]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Takes the gradients in the forward pass and hands them out in the backward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        states: Tensor,
+        targets: Tensor,
+        head: nn.Module,
+        softcap: float | None,
+        ends: Sequence[int],
+        chunk_size: int,
+        loss: GroupLoss,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (loss, log-probs); both leave without a graph of their own."""
+        made: _Chunk | None
+        logps = torch.zeros(len(targets), device=states.device)
+        total = logps.new_zeros(())
+        by_states = torch.zeros_like(states)
+        by_weights: list[Tensor | None] = [None] * len(weights)
+        for block in _blocks(ends, chunk_size):
+            chunks = _chunks(block, chunk_size)
+            for chunk in chunks:
+                made = _Chunk(states[chunk], head, softcap)
+                logps[chunk] = made.logps(targets[chunk])
+            value, slope = _slope(loss, logps[block], block)
+            total += value
+            for chunk in chunks:
+                if len(chunks) > 1:
+                    made = _Chunk(states[chunk], head, softcap)
+                    made.logps(targets[chunk])
+                own = slope[chunk.start - block.start : chunk.stop - block.start]
+                by_states[chunk], *parts = made.gradients(targets[chunk], own, weights)
+                made = None  # before the next chunk is made
+                by_weights = [_added(old, new) for old, new in zip(by_weights, parts, strict=True)]
+        ctx.gradients = [
+            by_states,
+            *(
+                torch.zeros_like(weight) if found is None else found.to(weight.dtype)
+                for weight, found in zip(weights, by_weights, strict=True)
+            ),
+        ]
+        ctx.mark_non_differentiable(logps)
+        return total, logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Scale what the forward pass found; it is given away, so a second call fails."""
+        gradients, ctx.gradients = ctx.gradients, None
+        states, *weights = (gradient.mul_(slope) for gradient in gradients)
+        return states, None, None, None, None, None, None, *weights
+
+
+def _slope(loss: GroupLoss, logps: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return the loss of a block, and its derivative by the log-probs of the block."""
+    with torch.enable_grad():
+        leaf = logps.detach().clone().requires_grad_()
+        value = loss(leaf, block)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients; of half-precision ones, in fp32 from the second on."""
+    if old is None or new is None:
+        return new if old is None else old
+    if old.dtype in (torch.bfloat16, torch.float16):
+        old = old.float()
+    return old.add_(new)
+
+
+def _chunks(block: slice, chunk_size: int) -> list[slice]:
+    return [
+        slice(first, min(first + chunk_size, block.stop))
+        for first in range(block.start, block.stop, chunk_size)
+    ]
+
+
+class _Chunk:
+    """Logits of some edges, their probabilities, and the graph back to states and weights."""
+
+    def __init__(self, states: Tensor, head: nn.Module, softcap: float | None) -> None:
+        with torch.enable_grad():
+            self.states = states.detach().requires_grad_()
+            self.raw = head(self.states)
+        # No product saves its own result, so it may be overwritten: fp32 logits need no copy.
+        self.values = self.raw.detach().float()
+        self.damping: Tensor | None = None
+        if softcap is not None:
+            self.values = (self.values / softcap).tanh_()
+            self.damping = 1 - self.values**2
+            self.values *= softcap
+
+    def logps(self, targets: Tensor) -> Tensor:
+        """Return the log-probs of `targets`; `values` hold probabilities afterwards."""
+        chosen = self.values.gather(-1, targets[:, None]).squeeze(-1)
+        top, where = self.values.max(-1)
+        torch.softmax(self.values, -1, out=self.values)
+        # The largest probability is no smaller than 1 / V, so its logarithm is exact.
+        return chosen - top + self.values.gather(-1, where[:, None]).squeeze(-1).log_()
+
+    def gradients(self, targets: Tensor, slope: Tensor, weights: Sequence[Tensor]) -> list[Any]:
+        """Return d(slope * logps) by states and weights: slope * (one-hot - p), backwards."""
+        values = self.values.mul_(-slope[:, None])
+        values[torch.arange(len(targets), device=values.device), targets] += slope
+        if self.damping is not None:
+            values *= self.damping
+        return list(
+            torch.autograd.grad(
+                self.raw, [self.states, *weights], values.to(self.raw.dtype), allow_unused=True
+            )
+        )
+
+
+def _blocks(ends: Sequence[int], chunk_size: int) -> Iterator[slice]:
+    """Yield runs of whole groups with at most `chunk_size` edges; a larger group comes alone."""
+    first = last = 0
+    for end in ends:
+        if end - first > chunk_size and last > first:
+            yield slice(first, last)
+            first = last
+        last = end
+    if last > first:
+        yield slice(first, last)
