@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Mask = Any
-"""A 4-D tensor, a BlockMask, or a dict of either by layer type."""
+"""A 4-D tensor, or a dict of them by layer type."""
 
 
 class Parts(NamedTuple):
@@ -85,8 +85,8 @@ def tree_attention_mask(config: PreTrainedConfig, allowed: Tensor, depth: Tensor
         depth: (B, T) int64, position of each token on its branch.
 
     Returns:
-        (B, 1, T, T) bool for sdpa, fp32 to be added for eager, a BlockMask for flex_attention; a
-        dict of these where `takes_mask_per_layer_type`.
+        (B, 1, T, T) bool for sdpa, fp32 to be added for eager; a dict of these where
+        `takes_mask_per_layer_type`.
 
     Raises:
         ValueError: If the architecture or its attention implementation takes no such mask.
@@ -111,25 +111,11 @@ def _as_mask(config: PreTrainedConfig, allowed: Tensor) -> Mask:
             # fp32 whatever the model's dtype: the sum is promoted, so the minimum cannot overflow.
             mask = torch.zeros(allowed.shape, device=allowed.device)
             return mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)[:, None]
-        case "flex_attention":
-            return _block_mask(allowed)
         case other:
             raise ValueError(
                 f"model.attn_implementation: {other} takes no tree mask; use sdpa or eager, or set "
                 "data.layout=paths"
             )
-
-
-def _block_mask(allowed: Tensor) -> Mask:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return allowed[row, query, key]
-
-    num_rows, num_tokens, _ = allowed.shape
-    return create_block_mask(
-        sees, num_rows, None, num_tokens, num_tokens, device=str(allowed.device)
-    )
 
 
 def check_architecture(model: PreTrainedModel | PeftModel, *, layout: str) -> None:

@@ -17,10 +17,10 @@ _NEVER = 2**31 - 1
 def tune_for_training() -> None:
     """Keep freed memory in the process, and round numbers below 1e-38 to zero.
 
-    glibc gives blocks from 32 MiB on back to the system at once and takes them from there anew, each
-    page faulted in and zeroed: for the logits of a step that costs as long as half of their matrix
-    product. Denormal numbers (the moments of rows that get no gradient decay to them, and so does
-    the slope of a saturated pair) slow a product down by an order of magnitude.
+    glibc gives large blocks back to the system at once and takes them from there anew, each page
+    faulted in and zeroed: for the logits of a step that costs half as long as their matrix product.
+    Denormal numbers (the moments of rows that get no gradient decay to them, and so does the slope
+    of a saturated pair) slow a product down by an order of magnitude.
     """
     torch.set_flush_denormal(True)
     try:

@@ -47,15 +47,18 @@ def head_loss(
             returns their summed loss. Differentiated with respect to the log-probs alone.
     """
     weights = [p for p in head.parameters() if p.requires_grad]
-    found = _HeadLoss.apply(states, targets, head, softcap, ends, chunk_size, loss, *weights)
-    return found[0], found[1]
+    found = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        states, targets, head, softcap, ends, chunk_size, loss, *weights
+    )
+    total, logps = found
+    return total, logps
 
 
 class _HeadLoss(torch.autograd.Function):
     """Takes the gradients in the forward pass and hands them out in the backward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         states: Tensor,
         targets: Tensor,
@@ -67,26 +70,27 @@ class _HeadLoss(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, log-probs); both leave without a graph of their own."""
-        made: _Chunk | None
         logps = torch.zeros(len(targets), device=states.device)
         total = logps.new_zeros(())
         by_states = torch.zeros_like(states)
         by_weights: list[Tensor | None] = [None] * len(weights)
         for block in _blocks(ends, chunk_size):
             chunks = _chunks(block, chunk_size)
+            made = None  # no two chunks at once
             for chunk in chunks:
-                made = _Chunk(states[chunk], head, softcap)
-                logps[chunk] = made.logps(targets[chunk])
-            value, slope = _slope(loss, logps[block], block)
+                made = None
+                made = _Chunk(states[chunk], targets[chunk], head, softcap)
+                logps[chunk] = made.logps
+            if len(chunks) > 1:
+                made = None
+            value, slopes = _slope(loss, logps[block], block)
             total += value
-            for chunk in chunks:
-                if len(chunks) > 1:
-                    made = _Chunk(states[chunk], head, softcap)
-                    made.logps(targets[chunk])
-                own = slope[chunk.start - block.start : chunk.stop - block.start]
-                by_states[chunk], *parts = made.gradients(targets[chunk], own, weights)
-                made = None  # before the next chunk is made
+            for chunk, slope in zip(chunks, torch.split(slopes, chunk_size), strict=True):
+                if made is None:
+                    made = _Chunk(states[chunk], targets[chunk], head, softcap)
+                by_states[chunk], *parts = made.gradients(slope, weights)
                 by_weights = [_added(old, new) for old, new in zip(by_weights, parts, strict=True)]
+                made = None
         ctx.gradients = [
             by_states,
             *(
@@ -99,7 +103,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Any, ...]:
         """Scale what the forward pass found; it is given away, so a second call fails."""
         gradients, ctx.gradients = ctx.gradients, None
         states, *weights = (gradient.mul_(slope) for gradient in gradients)
@@ -111,7 +115,8 @@ def _slope(loss: GroupLoss, logps: Tensor, block: slice) -> tuple[Tensor, Tensor
     with torch.enable_grad():
         leaf = logps.detach().clone().requires_grad_()
         value = loss(leaf, block)
-    return value.detach(), torch.autograd.grad(value, leaf)[0]
+    slope: Tensor = torch.autograd.grad(value, leaf)[0]
+    return value.detach(), slope
 
 
 def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -131,38 +136,40 @@ def _chunks(block: slice, chunk_size: int) -> list[slice]:
 
 
 class _Chunk:
-    """Logits of some edges, their probabilities, and the graph back to states and weights."""
+    """Logits of some edges, turned to probabilities, and the graph back to states and weights."""
 
-    def __init__(self, states: Tensor, head: nn.Module, softcap: float | None) -> None:
+    def __init__(
+        self, states: Tensor, targets: Tensor, head: nn.Module, softcap: float | None
+    ) -> None:
+        self.targets = targets
         with torch.enable_grad():
             self.states = states.detach().requires_grad_()
             self.raw = head(self.states)
         # No product saves its own result, so it may be overwritten: fp32 logits need no copy.
-        self.values = self.raw.detach().float()
+        values: Tensor = self.raw.detach().float()
         self.damping: Tensor | None = None
         if softcap is not None:
-            self.values = (self.values / softcap).tanh_()
-            self.damping = 1 - self.values**2
-            self.values *= softcap
-
-    def logps(self, targets: Tensor) -> Tensor:
-        """Return the log-probs of `targets`; `values` hold probabilities afterwards."""
-        chosen = self.values.gather(-1, targets[:, None]).squeeze(-1)
-        top, where = self.values.max(-1)
-        torch.softmax(self.values, -1, out=self.values)
+            values = (values / softcap).tanh_()
+            self.damping = 1 - values**2
+            values *= softcap
+        chosen = values.gather(-1, targets[:, None]).squeeze(-1)
+        top, where = values.max(-1)
+        self.chances = torch.softmax(values, -1, out=values)
         # The largest probability is no smaller than 1 / V, so its logarithm is exact.
-        return chosen - top + self.values.gather(-1, where[:, None]).squeeze(-1).log_()
+        self.logps = chosen - top + self.chances.gather(-1, where[:, None]).squeeze(-1).log_()
 
-    def gradients(self, targets: Tensor, slope: Tensor, weights: Sequence[Tensor]) -> list[Any]:
-        """Return d(slope * logps) by states and weights: slope * (one-hot - p), backwards."""
-        values = self.values.mul_(-slope[:, None])
-        values[torch.arange(len(targets), device=values.device), targets] += slope
+    def gradients(self, slope: Tensor, weights: Sequence[Tensor]) -> list[Any]:
+        """Return the gradient of (slope * logps).sum() by states and by weights.
+
+        By the logits it is slope * (one-hot - probabilities).
+        """
+        values = self.chances.mul_(-slope[:, None])
+        values[torch.arange(len(slope), device=values.device), self.targets] += slope
         if self.damping is not None:
             values *= self.damping
+        inputs = [self.states, *weights]
         return list(
-            torch.autograd.grad(
-                self.raw, [self.states, *weights], values.to(self.raw.dtype), allow_unused=True
-            )
+            torch.autograd.grad(self.raw, inputs, values.to(self.raw.dtype), allow_unused=True)
         )
 
 

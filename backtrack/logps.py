@@ -51,8 +51,7 @@ def edge_logps(
         softcap: See `target_logps`.
         chunk_size: Edges per chunk.
     """
-
-    chunks = zip(states.split(chunk_size), targets.split(chunk_size), strict=True)
+    chunks = zip(torch.split(states, chunk_size), torch.split(targets, chunk_size), strict=True)
     return torch.cat([target_logps(head(x), wanted, softcap=softcap) for x, wanted in chunks])
 
 

@@ -12,7 +12,8 @@ Legend: B rows, T tokens, N real tokens, H heads, K key heads, C channels of a h
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from backtrack.data.forest import Forest
+
+log = logging.getLogger(__name__)
 
 NAME = "sdpa_trees"
 """Of the attention implementation, in the registry of transformers."""
@@ -72,24 +75,39 @@ class FlatForest(NamedTuple):
     masks: Any
 
 
-def use_tree_attention(model: PreTrainedModel | PeftModel) -> None:
-    """Let a model on a CPU that attends by sdpa attend tree by tree; others are left as they are.
+def use_tree_attention(model: PreTrainedModel | PeftModel, *, on_gpu: bool) -> None:
+    """Let a model that attends by sdpa skip what no branch of a tree sees.
 
-    Ordinary masks still work (generation, `layout=paths`): they go to transformers' own function.
+    On a CPU it attends tree by tree; ordinary masks still work (generation, `layout=paths`), they
+    go to transformers' own function. On a GPU it attends by FlexAttention. Where an implementation
+    was asked for by name, or the architecture has no FlexAttention, the model is left as it is.
+
+    Args:
+        model: As loaded.
+        on_gpu: Whether it will be trained on one.
     """
-    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        for config in {
-            id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-        }.values():
-            if getattr(config, "_attn_implementation", None) == "sdpa":
-                config._attn_implementation = NAME
+    wanted = "flex_attention" if on_gpu else NAME
+    if model.config._attn_implementation != "sdpa":
+        log.info("attention over trees by %s, as the model is", model.config._attn_implementation)
+        return
+    if on_gpu and not getattr(model, "_supports_flex_attn", False):
+        log.warning(
+            "%s has no FlexAttention in transformers: attention over trees by sdpa and a dense "
+            "mask, which is slower on long rows",
+            model.config.model_type,
+        )
+        return
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = wanted
 
 
 def attends_by_tree(config: PreTrainedConfig) -> bool:
     """Return whether a model of `config` takes the masks of `flatten`."""
-    return config._attn_implementation == NAME
+    return bool(config._attn_implementation == NAME)
 
 
 def flatten(forest: Forest, config: PreTrainedConfig) -> FlatForest:
@@ -141,10 +159,8 @@ def _span(allowed: Tensor, depth: Tensor, window: int | None) -> Span:
         window: Tokens, its own included, that a token sees along its branch; None: all.
     """
     size = len(depth)
-    if window is not None:
-        near = allowed & (depth[:, None] - depth[None, :] < window)
-    else:
-        near = allowed
+    far = size if window is None else window
+    near = allowed & (depth[:, None] - depth[None, :] < far)
     trunk = int((depth == torch.arange(size)).long().cumprod(0).sum())
     starts = [0]
     last_of_trunk = allowed[trunk:, :trunk].sum(1).tolist()  # tokens of the trunk that each sees
@@ -191,29 +207,35 @@ def _attention(
     """Attend by tree where the mask carries trees, else as transformers does.
 
     Args:
+        module: The attention layer, for transformers' function.
         query: (1, H, N, C).
         key: (1, K, N, C).
         value: (1, K, N, C).
+        attention_mask: Of `flatten`, or an ordinary one.
+        dropout: Share of the probabilities that are dropped.
+        scaling: Of the scores; None: one over the root of C.
+        **kwargs: For transformers' function.
 
     Returns:
         (1, N, H, C), and no weights.
     """
     if not isinstance(attention_mask, _Carrier):
-        return cast(
-            "tuple[Tensor, None]",
-            sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, **kwargs
-            ),
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    shared = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+    shared: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
     spans, outputs = attention_mask.spans, []
-    # Splitting once, not slicing for each block: the backward pass of a slice fills a whole row.
-    queries = iter(query.split([b.last - b.first for s in spans for b in s.blocks], dim=2))
     sizes = [span.size for span in spans]
-    for span, k, v in zip(spans, key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True):
+    rows = [block.last - block.first for span in spans for block in span.blocks]
+    # Split once, not sliced for each block: the backward pass of a slice fills a whole row.
+    queries, keys, values = (
+        torch.split(x, parts, dim=2) for x, parts in ((query, rows), (key, sizes), (value, sizes))
+    )
+    next_query = iter(queries)
+    for span, k, v in zip(spans, keys, values, strict=True):
         for block in span.blocks:
             output = scaled_dot_product_attention(
-                next(queries),
+                next(next_query),
                 _seen(k, block),
                 _seen(v, block),
                 attn_mask=None if block.mask is None else block.mask.to(query.dtype),

@@ -146,19 +146,6 @@ def test_sliding_window_of_each_family(config, window, is_per_layer):
     assert takes_mask_per_layer_type(config) == is_per_layer
 
 
-def test_flex_attention_gets_the_same_pairs_as_a_block_mask():
-    config = tiny_config("gemma2")
-    config._attn_implementation = "flex_attention"
-    _, depth, allowed, _ = tree()
-    near = allowed & (depth[:, :, None] - depth[:, None, :] < 8)
-    masks = tree_attention_mask(config, allowed, depth)
-    query, key = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-    zero = torch.zeros_like(query)
-    for name, expected in {"full_attention": allowed, "sliding_attention": near}.items():
-        assert masks[name].shape == (1, 1, 16, 16)
-        assert torch.equal(masks[name].mask_mod(zero, zero, query, key), expected[0])
-
-
 def test_chunked_layers_are_sent_to_paths():
     with pytest.raises(ValueError, match=r"chunked_attention.*data\.layout=paths"):
         sliding_window(Llama4TextConfig())

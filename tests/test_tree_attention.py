@@ -78,16 +78,12 @@ def test_attention_by_tree_equals_a_dense_mask(name, method):
         p for n, p in model.named_parameters() if "lm_head" not in n and "embed_out" not in n
     ]
     dense = hidden_states(model, forest, by_tree=False)
-    dense_gradient = torch.autograd.grad(
-        dense.sin().sum(), list(model.parameters())[1:-1], allow_unused=True
-    )
-    use_tree_attention(model)
+    dense_gradient = torch.autograd.grad(dense.sin().sum(), weights)
+    use_tree_attention(model, on_gpu=False)
     assert attends_by_tree(model.config)
     mine = hidden_states(model, forest, by_tree=True)
     assert_close(mine, dense, rtol=0, atol=1e-5)
-    gradient = torch.autograd.grad(
-        mine.sin().sum(), list(model.parameters())[1:-1], allow_unused=True
-    )
+    gradient = torch.autograd.grad(mine.sin().sum(), weights)
     for found, expected in zip(gradient, dense_gradient, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
@@ -96,7 +92,7 @@ def test_blocks_hold_every_token_once_and_see_no_stranger():
     trees = some_trees("dpo_backtrack")
     forest = plant([trees], pad_id=0)
     model = tiny_model("llama")
-    use_tree_attention(model)
+    use_tree_attention(model, on_gpu=False)
     for tree, span in zip(trees, flatten(forest, model.config).masks.spans, strict=True):
         assert span.size == tree.num_tokens
         assert [block.first for block in span.blocks] == [
@@ -117,13 +113,13 @@ def test_generation_with_a_model_that_attends_by_tree_is_unchanged():
     settings = {"attention_mask": seen, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = tiny_model("llama").generate(ids, **settings)
     model = tiny_model("llama")
-    use_tree_attention(model)
+    use_tree_attention(model, on_gpu=False)
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
 def test_saved_models_name_no_attention_of_ours(tmp_path):
     model = tiny_model("llama")
-    use_tree_attention(model)
+    use_tree_attention(model, on_gpu=False)
     model.save_pretrained(tmp_path)
     assert "sdpa_trees" not in (tmp_path / "config.json").read_text()
 
@@ -131,7 +127,7 @@ def test_saved_models_name_no_attention_of_ours(tmp_path):
 def test_the_carrier_of_trees_is_no_mask_to_anyone_else():
     forest = plant([some_trees("dpo")], pad_id=0)
     model = tiny_model("llama")
-    use_tree_attention(model)
+    use_tree_attention(model, on_gpu=False)
     flat = flatten(forest, model.config)
     other = tiny_model("llama")  # attends by plain sdpa
     with pytest.raises(RuntimeError):
@@ -142,5 +138,17 @@ def test_the_carrier_of_trees_is_no_mask_to_anyone_else():
 
 def test_eager_attention_is_left_alone():
     model = tiny_model("gemma2")
-    use_tree_attention(model)
+    use_tree_attention(model, on_gpu=False)
     assert not attends_by_tree(model.config)
+
+
+def test_on_a_gpu_the_model_attends_by_flex_attention_where_there_is_one(caplog):
+    model = tiny_model("llama")
+    use_tree_attention(model, on_gpu=True)
+    assert model.config._attn_implementation == "flex_attention"
+    model = tiny_model("llama")
+    model._supports_flex_attn = False
+    use_tree_attention(model, on_gpu=True)
+    assert model.config._attn_implementation == "sdpa"
+    (line,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "llama has no FlexAttention" in line

@@ -36,8 +36,8 @@ class Forest(NamedTuple):
         weights: (E,) float32.
         pairs: (N, 2) int64, paths of chosen and rejected.
         pair_weights: (N,) float32.
-        pair_ends: N numbers, ascending: the edges of pair n are those from the end of pair n - 1 up to
-            its own.
+        pair_ends: N numbers, ascending: the edges of a pair go from the end of the pair before it
+            up to its own.
         num_paths: P.
         num_tokens: Tokens that are not padding.
     """

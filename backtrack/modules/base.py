@@ -16,10 +16,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 from backtrack.backbone import backbone_and_head, tree_attention_mask
 from backtrack.data.forest import Forest, attention_allowed, is_causal
+from backtrack.flex import flex_masks
 from backtrack.head_loss import head_loss
 from backtrack.logps import edge_logps
 from backtrack.models import model_identity
-from backtrack.tree_attention import attends_by_tree, flatten, use_tree_attention
+from backtrack.tree_attention import attends_by_tree, flatten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,7 +83,6 @@ class ForestModule(pl.LightningModule):
             reset_token_id: Id of [RESET], for logging.
         """
         super().__init__()
-        use_tree_attention(model)
         self.model = model
         self.optimizer_settings = optimizer
         self.num_steps = num_steps
@@ -92,7 +92,7 @@ class ForestModule(pl.LightningModule):
         self._sums: dict[str, Tensor] = {}
 
     def hidden_states(self, forest: Forest) -> Tensor:
-        """Return the hidden states of the edges' predictors: (E, D), what the head turns to logits."""
+        """Return the hidden states of the edges' predictors: (E, D)."""
         backbone, config = backbone_and_head(self.model).backbone, self.model.config
         if attends_by_tree(config) and not is_causal(forest):
             flat = flatten(forest, config)
@@ -107,6 +107,8 @@ class ForestModule(pl.LightningModule):
         if is_causal(forest):
             mask = (forest.segment_ids >= 0).long()
             mask[:, 0] = 1  # rows of an empty share are all padding, but must attend to something
+        elif config._attn_implementation == "flex_attention":
+            mask = flex_masks(forest, config)
         else:
             mask = tree_attention_mask(config, attention_allowed(forest), forest.position_ids)
         output = backbone(

@@ -15,6 +15,7 @@ from backtrack.modules.base import OptimizerSettings
 from backtrack.modules.dpo import DPOModule, DPOSettings
 from backtrack.modules.reference import ReferenceTable
 from backtrack.modules.sft import SFTModule
+from backtrack.tree_attention import use_tree_attention
 
 RESET, PAD = 259, 256
 OPTIMIZER = OptimizerSettings(
@@ -67,6 +68,7 @@ def cuts_of(example: EncodedExample) -> tuple[int, int]:
 
 
 def sft_module(model: Any, chunk_size: int = 7) -> SFTModule:
+    use_tree_attention(model, on_gpu=False)  # as training does
     return SFTModule(
         model, optimizer=OPTIMIZER, num_steps=10, chunk_size=chunk_size, reset_token_id=RESET
     )
@@ -75,6 +77,7 @@ def sft_module(model: Any, chunk_size: int = 7) -> SFTModule:
 def dpo_module(
     model: Any, loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0
 ) -> DPOModule:
+    use_tree_attention(model, on_gpu=False)
     return DPOModule(
         model,
         settings=DPOSettings(loss, beta, label_smoothing),
