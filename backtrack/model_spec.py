@@ -38,7 +38,8 @@ class ModelSpec:
             tokenizer has none.
         reset_token: Reserved token to use as [RESET]; None adds a new one.
         vocab_multiple: Where rows are added to the embedding, round their number up to this.
-        gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass: of all layers (True), of
+            none (False), or of this share of them.
         lora: None trains all weights; else `r`, `alpha`, `dropout`, `target_modules`.
         init: Sizes of the random model: `family` (a transformers model type) and keys of its
             config; the vocabulary is the tokenizer's.
@@ -54,7 +55,7 @@ class ModelSpec:
     chat_template: str | None
     reset_token: str | None
     vocab_multiple: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | float
     lora: Mapping[str, Any] | None
     init: Mapping[str, Any] | None
 
@@ -145,11 +146,14 @@ def _value_problems(spec: ModelSpec) -> list[str]:
             f"model.chat_template: there is no {spec.chat_template!r} in conf/model/templates, "
             f"which has {names}; a Jinja text is taken too"
         )
-    problems += [
-        f"model.{name}: {getattr(spec, name)!r}, use true or false"
-        for name in ("trust_remote_code", "gradient_checkpointing")
-        if not isinstance(getattr(spec, name), bool)
-    ]
+    if spec.trust_remote_code not in (True, False):
+        problems.append(f"model.trust_remote_code: {spec.trust_remote_code!r}, use true or false")
+    share = spec.gradient_checkpointing
+    if not isinstance(share, bool | int | float) or not 0 <= share <= 1:
+        problems.append(
+            f"model.gradient_checkpointing: {share!r}, use true, false or the share of the layers, "
+            "such as 0.5"
+        )
     return problems
 
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from backtrack.model_spec import find_template, model_problems
 from backtrack.reset_row import add_reset
@@ -145,9 +146,18 @@ def load_model(
     else:
         model = _load_weights(spec.path, revision=spec.revision, **settings)
     add_reset(model, tokenizer, is_new=spec.reset_token is None, vocab_multiple=spec.vocab_multiple)
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _checkpoint_layers(model, float(spec.gradient_checkpointing))
     return cast("PreTrainedModel", model.eval())
+
+
+def _checkpoint_layers(model: Any, share: float) -> None:
+    """Recompute the activations of this share of the layers, evenly spread, when going backward."""
+    if share == 0:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
 
 
 def choose_attention(config: PreTrainedConfig, wanted: str | None) -> str:

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from backtrack import CONF_DIR, runs
@@ -41,6 +42,7 @@ from backtrack.modules.sft import SFTModule
 from backtrack.saving import save_folder
 from backtrack.start import resolve_start
 from backtrack.tokens import reset_token_id
+from backtrack.tree_attention import use_tree_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +87,7 @@ def train(cfg: DictConfig) -> TrainResult:
         runs.save_config(run.folder, cfg)
         runs.keep_log(run.folder)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+    if not trains_on_gpu(cfg):
         tune_for_training()
 
     tokenizer = make_tokenizer(cfg)
@@ -130,6 +132,7 @@ def _add_reference(
             cache_dir=Path(cfg.paths.cache_dir),
             address=f"{fingerprint} {cfg.trainer.precision}",
             batches=data.settings,
+            show_progress=cfg.trainer.enable_progress_bar,
         )
 
 
@@ -156,6 +159,11 @@ def _fit(
         warnings.filterwarnings("ignore", message="Experiment logs directory .* not empty.*")
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+
+
+def trains_on_gpu(cfg: DictConfig) -> bool:
+    """Return whether the trainer of `cfg` will take a GPU."""
+    return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def model_spec(cfg: DictConfig) -> ModelSpec:
@@ -194,13 +202,13 @@ def make_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, folder: Path)
         settings=section,
         seed=cfg.seed,
         cache_dir=Path(cfg.paths.cache_dir),
+        show_progress=cfg.trainer.enable_progress_bar,
     )
     if runs.is_first_rank():
         write_report(loaded, folder)
     sizes = [len(part) for part in loaded.train]
-    weights = section["weights"] if cfg.data.path is None else None
-    if weights is not None:
-        weights = [weights[name] for name in loaded.names]
+    shares = section["weights"] if cfg.data.path is None else None
+    weights = shares and [shares[name] for name in loaded.names]
     num_slots = round(cfg.data.epochs * sum(sizes))
     if cfg.trainer.max_steps is not None:
         num_slots = cfg.trainer.max_steps * cfg.data.batch_size
@@ -252,6 +260,8 @@ def make_sources(cfg: DictConfig) -> tuple[list[Any], list[Any] | None]:
 def make_module(cfg: DictConfig, model: Any, *, num_steps: int, reset_id: int) -> ForestModule:
     """Return the Lightning module of the objective around `model`, under LoRA where wanted."""
     check_architecture(model, layout=cfg.data.layout)
+    if cfg.data.layout == "forest":
+        use_tree_attention(model, on_gpu=trains_on_gpu(cfg))
     if cfg.model.lora:
         model = add_lora(model, **cfg.model.lora, reset_token_id=reset_id)
     model.train()
@@ -272,6 +282,8 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
     """Return the trainer: one pass over the schedule, which holds every epoch."""
     section = cfg.trainer
     num_micro = section.accumulate_grad_batches
+    # Deterministic mode would fill each new tensor with NaN first, to show who reads unset memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return pl.Trainer(
         accelerator=section.accelerator,
         devices=section.devices,
@@ -288,10 +300,18 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
         enable_progress_bar=section.enable_progress_bar,
         enable_model_summary=False,
         deterministic=section.deterministic,
-        callbacks=[instantiate(item) for item in cfg.callbacks.values() if item],
+        callbacks=_callbacks(cfg),
         logger=[instantiate(item) for item in cfg.logger.values() if item],
         plugins=[AtomicCheckpointIO()],
     )
+
+
+def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    callbacks = [instantiate(item) for item in cfg.callbacks.values() if item]
+    if cfg.trainer.enable_progress_bar:
+        # Showing a number waits for the GPU: only when it is logged anyway.
+        callbacks.append(TQDMProgressBar(refresh_rate=cfg.trainer.log_every_n_steps))
+    return callbacks
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")

@@ -1,13 +1,15 @@
 """How much likelier is [RESET] after an unsafe prefix than after a safe one, on held-out rows?
 
     python benchmarks/reset_probe.py RUN MODEL [MODEL ...] [--prefix-tokens 10] [--limit N]
+        [--harmful FILE] [--json FILE]
 
 RUN is the folder of a training run: its saved configuration names the data and the split, so the
-rows of its `test` part are those that no training and no choice has seen. Each MODEL is a Hugging
-Face folder; the first one should be the model before training. For every row the log-probability
-of [RESET] after the first tokens of the unsafe and of the safe answer is measured. Printed are both
-means, their difference with its 95 % interval (paired over rows), the rise of the first over the
-first MODEL, and the AUC of telling unsafe from safe prefixes by it.
+rows of its `test` part are those that no training and no choice has seen. `--harmful` takes its
+harmful rows from another file, split by the same rule: the unfiltered one, say. Each MODEL is a
+Hugging Face folder; the first one should be the model before training. For every row the
+log-probability of [RESET] after the first tokens of the unsafe and of the safe answer is measured.
+Printed are both means, their difference with its 95 % interval (paired over rows), the rise of the
+first over the first MODEL, and the AUC of telling unsafe from safe prefixes by it.
 """
 
 from __future__ import annotations
@@ -40,12 +42,16 @@ class Rows:
         self.settings = settings
 
 
-def probe(folder: str, run: Path, *, prefix_tokens: int, limit: int) -> torch.Tensor:
+def probe(
+    folder: str, run: Path, *, prefix_tokens: int, limit: int, harmful: str | None
+) -> torch.Tensor:
     """Return (N, 2) log p([RESET]) after unsafe and safe prefixes of held-out rows, nats."""
     spec = ModelSpec(**compose_config("generate", [f"checkpoint={folder}"]).model)
     tokenizer = load_tokenizer(spec)
     model = load_model(spec, tokenizer, seed=0)
     cfg = load_config(run)
+    if harmful is not None:
+        cfg.data.sources.harmful.path = harmful
     settings = OmegaConf.to_container(cfg.data, resolve=True)
     settings["limit"] = {"train": 1, "validation": 1, "test": limit}
     train, validation = make_sources(cfg)
@@ -82,12 +88,19 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--prefix-tokens", type=int, default=10)
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--limit", type=int, default=1000)
+    parser.add_argument("--harmful")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results, first = [], None
     for folder in args.models:
-        found = probe(folder, args.run, prefix_tokens=args.prefix_tokens, limit=args.limit)
+        found = probe(
+            folder,
+            args.run,
+            prefix_tokens=args.prefix_tokens,
+            limit=args.limit,
+            harmful=args.harmful,
+        )
         unsafe, safe = found[:, 0], found[:, 1]
         first = unsafe if first is None else first
         gap, rise = mean_interval(unsafe - safe), mean_interval(unsafe - first)

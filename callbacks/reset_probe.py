@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -86,7 +87,8 @@ class ResetProbe(pl.Callback):
     def _probe(self, trainer: pl.Trainer, module: ForestModule) -> None:
         self._last_step = trainer.global_step
         data: ForestData = trainer.datamodule  # type: ignore[attr-defined]
-        examples = [e for e in data.validation if e.is_harmful][: self.max_examples]
+        harmful = (example for example in data.validation if example.is_harmful)
+        examples = list(islice(harmful, self.max_examples))
         if not examples:
             return
         found = reset_logps(module, examples, prefix_tokens=self.prefix_tokens, data=data)

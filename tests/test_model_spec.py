@@ -51,6 +51,8 @@ def test_model_problems_come_all_at_once():
         ({"init": {"family": "lama"}}, r"model\.init\.family: 'lama'"),
         ({"init": {"family": "llama", "hiden_size": 8}}, r"model\.init\.hiden_size: unknown"),
         ({"path": "org/name", "trust_remote_code": True}, r"model\.revision: null"),
+        ({"gradient_checkpointing": 1.5}, r"model\.gradient_checkpointing: 1\.5.*the share"),
+        ({"trust_remote_code": "no"}, r"model\.trust_remote_code: 'no', use true or false"),
         ({"lora": {"r": 4}}, r"model\.lora: has the keys \['r'\]"),
     ],
 )

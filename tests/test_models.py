@@ -101,6 +101,24 @@ def test_gradient_checkpointing_is_switched_on():
     assert model.get_input_embeddings().weight.grad is not None
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.5, [False, True]), (1.0, [True, True])])
+def test_a_share_of_the_layers_recomputes_with_the_same_gradients(share, expected):
+    tokenizer = setup_tokenizer(byte_tokenizer(), spec())
+    plain, model = (
+        load_model(
+            spec(gradient_checkpointing=value, init={**SPEC["init"], "num_hidden_layers": 2}),
+            tokenizer,
+            seed=0,
+        ).train()
+        for value in (False, share)
+    )
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == expected
+    for each in (plain, model):
+        each(TEXT).logits.sum().backward()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
 def test_weights_that_can_run_code_are_refused(tmp_path):
     tokenizer = with_reset()
     tiny_config().save_pretrained(tmp_path)

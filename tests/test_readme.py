@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from backtrack import fit_judge, generate
 from backtrack.config import check_command_line
-from backtrack.generate import check_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m backtrack\.(\w+)([^\n`#]*)")
-MAIN = {"train", "show", "generate", "prepare", "export", "demo"}
+MAIN = {"train", "show", "generate", "prepare", "export", "demo", "fit_judge", "filter"}
+CHECKS = {"generate": generate.check_arguments, "fit_judge": fit_judge.check_arguments}
 
 
 def commands():
@@ -34,8 +35,8 @@ def test_documented_command_is_accepted(name, arguments, tmp_path, monkeypatch):
             (left / "config.json").touch()
             (left / "model.safetensors").touch()
     assert name in MAIN
-    if name == "generate":
-        check_arguments(arguments)
+    if name in CHECKS:
+        CHECKS[name](arguments)
     else:
         check_command_line(name, arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -142,6 +143,23 @@ def test_run_that_a_signal_ends_goes_on_and_equals_the_uninterrupted_one(tmp_pat
     assert checkpoint_of(folders[0])["global_step"] == steps
     whole = train(config_of(tmp_path, *more, f"paths.log_dir={tmp_path / 'whole'}", steps=steps))
     assert_same_end(whole.folder, folders[0])
+
+
+@pytest.mark.slow
+def test_ctrl_c_that_reaches_the_workers_ends_a_run_after_its_step(tmp_path):
+    # A terminal sends it to every process of the run.
+    # The batches that the workers have ready are fewer than a step takes.
+    more = ("data.num_workers=2", "trainer.accumulate_grad_batches=16")
+    command = overrides_of(tmp_path, *more, steps=400)
+    process = start_command("train", command, start_new_session=True)
+    home = tmp_path / "logs/train/tiny_sft"
+    wait_for(process, lambda: any(home.glob("*/checkpoints/last.ckpt")))
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)  # returns once the last process has ended
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    (run,) = (path for path in home.iterdir() if not path.is_symlink())
+    assert 2 <= checkpoint_of(run)["global_step"] < 400
 
 
 def test_config_of_a_run_is_saved_with_its_folder(tmp_path):

@@ -26,7 +26,8 @@ from tests.tiny_runs import (
 
 # AdamW turns round-off of gradients near 0 into steps of the learning rate; a large eps does not.
 SMOOTH = "optimizer.eps=1.0e-3"
-TAGS = {"train/loss", "reset/probability", "speed/tokens_per_s", "val/loss", "reset/auc"}
+TAGS = {"train/loss", "reset/probability", "val/loss", "reset/auc"}
+TAGS |= {"speed/tokens_per_s", "data/wait_s"}
 DPO_TAGS = {"rewards/accuracies", "rewards/margins", "logps/chosen_branch", "val/accuracies"}
 
 

@@ -114,9 +114,10 @@ def make_batch(
     num_shares: int,
     step: int,
     reference_logps: Tensor | None = None,
+    row_multiple: int = 8,
 ) -> StepBatch:
-    """Return the tensors of one share of a step."""
-    forest = PLANTERS[layout](rows, pad_id=pad_id)
+    """Return the tensors of one share of a step; rows are as long as a multiple of the last."""
+    forest = PLANTERS[layout](rows, pad_id=pad_id, multiple=row_multiple)
     return StepBatch(forest, reference_logps, total_weight, num_shares, step)
 
 

@@ -150,6 +150,9 @@ def _broken_list(path: Path, text: str, at: int, problem: str) -> ValueError:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
+    # Answers of models may be longer than the 128 KiB that a field may have by default; there is
+    # no limit of one reader. A quote that is not closed is an error at the end of the file.
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         header: list[str] | None = None

@@ -1,17 +1,20 @@
-"""From `conf/data` to encoded examples: read, split, limit, encode, and list what is left out."""
+"""From `conf/data` to encoded examples: which sources, what of them, and what was left out."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from backtrack.data.cache import encoding_key, load_encoded, save_encoded
-from backtrack.data.encode import Limits, encode_example
-from backtrack.data.sources import BadRow, FileSource, HubSource
-from backtrack.data.splits import split_examples
+from backtrack.data.cache import SKIPPED, Counts, EncodedExamples
+from backtrack.data.encode import Limits
+from backtrack.data.encode_pool import Encoder
+from backtrack.data.pipeline import Choice, prepare
+from backtrack.data.sources import FileSource, HubSource
+from backtrack.data.splits import check_fractions, is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,31 +22,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from backtrack.data.sources import Source
-    from backtrack.data.types import EncodedExample, Example
+    from backtrack.data.types import EncodedExample
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
+
+SPLITS = ("train", "validation", "test")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]{2,}")  # .jsonll, .txt; not the .5 of owner/data-v1.5
 
 
 class LoadedData(NamedTuple):
-    """Encoded examples of a run.
+    """Encoded examples of a run, memory-mapped.
 
     Attributes:
         names: Of the training sources.
         train: Examples of each training source.
         validation: Of all sources together.
         test: Of all sources together; empty where validation has sources of its own.
-        skipped: Rows that gave no example.
+        skipped: Files that list the rows that gave no example, one JSON object a line.
+        counts: What was left out or cut.
     """
 
     names: list[str]
-    train: list[list[EncodedExample]]
-    validation: list[EncodedExample]
-    test: list[EncodedExample]
-    skipped: list[BadRow]
+    train: list[Sequence[EncodedExample]]
+    validation: Sequence[EncodedExample]
+    test: Sequence[EncodedExample]
+    skipped: list[Path]
+    counts: Counts
 
 
 def make_source(name: str, section: Mapping[str, Any], *, on_bad_row: str) -> Source:
@@ -98,6 +105,7 @@ def load_data(
     settings: Mapping[str, Any],
     seed: int,
     cache_dir: Path,
+    show_progress: bool = False,
 ) -> LoadedData:
     """Return the encoded examples of a run.
 
@@ -109,112 +117,56 @@ def load_data(
             `refusal`, `on_bad_row`.
         seed: Of the split.
         cache_dir: Encoded examples live in its folder `encoded`.
+        show_progress: Show a bar while examples are encoded, where standard error is a terminal.
 
     Raises:
         ValueError: If rows are bad and `on_bad_row` is `raise`, or no training example is left.
     """
-    skipped: list[BadRow] = []
-    fractions = settings["split"] if validation is None else {"train": 1.0}
-    parts = _read(train, fractions=fractions, seed=seed, skipped=skipped)
-    held_out = _read(validation or (), fractions={"validation": 1.0}, seed=seed, skipped=skipped)
-    parts["validation"] += held_out["validation"]
+    fractions: Mapping[str, float] = {"train": 1.0} if validation is not None else settings["split"]
+    check_fractions(fractions)
+    if unknown := fractions.keys() - {*SPLITS}:
+        raise ValueError(f"data.split: {min(unknown)!r} is none of {', '.join(SPLITS)}")
     limits = Limits(settings["max_prompt_tokens"], settings["max_response_tokens"])
-    encoded: dict[str, list[list[EncodedExample]]] = {}
-    for name, lists in parts.items():
-        most = settings["limit"].get(name)
-        encoded[name] = [
-            _encode(
-                spread(examples, most),
-                tokenizer,
-                limits=limits,
-                settings=settings,
-                cache_dir=cache_dir,
-                skipped=skipped,
-            )
-            for examples in lists
-        ]
-    if not any(encoded["train"]):
+    encoder = Encoder(tokenizer, limits, settings["refusal"], settings["on_bad_row"])
+    jobs = [(source, Choice(fractions, settings["limit"], seed)) for source in train]
+    held_out = Choice({"validation": 1.0}, settings["limit"], seed)
+    jobs += [(source, held_out) for source in validation or ()]
+    found = prepare(jobs, encoder, cache_dir=cache_dir, show_progress=show_progress)
+
+    def of(split: str) -> EncodedExamples:
+        return EncodedExamples([part.files[split] for part in found if split in part.files])
+
+    if not len(of("train")):
         raise ValueError(
             "data.split: no training example is left; give more data, or a larger share to train"
         )
     return LoadedData(
         names=[source.name for source in train],
-        train=encoded["train"],
-        validation=[example for part in encoded["validation"] for example in part],
-        test=[example for part in encoded["test"] for example in part],
-        skipped=skipped,
+        train=[EncodedExamples([part.files["train"]]) for part in found[: len(train)]],
+        validation=of("validation"),
+        test=of("test"),
+        skipped=[part.skipped for part in found],
+        counts=Counts(*map(sum, zip(*(part.counts for part in found), strict=True))),
     )
-
-
-def _read(
-    sources: Sequence[Source],
-    *,
-    fractions: Mapping[str, float],
-    seed: int,
-    skipped: list[BadRow],
-) -> dict[str, list[list[Example]]]:
-    """Return the examples of each split, one list a source; skipped rows are added to `skipped`."""
-    parts: dict[str, list[list[Example]]] = {"train": [], "validation": [], "test": []}
-    for source in sources:
-        read = source.read()
-        skipped += read.skipped
-        splits = split_examples(read.examples, fractions=fractions, seed=seed)
-        for name, examples in splits.items():
-            parts[name].append(examples)
-    return parts
 
 
 def spread(items: Sequence[Item], most: int | None) -> list[Item]:
     """Return at most `most` items, evenly spread over the list so that no part is favoured."""
-    if most is None or len(items) <= most:
-        return list(items)
-    return [items[i * len(items) // most] for i in range(most)]
-
-
-def _encode(
-    examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    limits: Limits,
-    settings: Mapping[str, Any],
-    cache_dir: Path,
-    skipped: list[BadRow],
-) -> list[EncodedExample]:
-    if not examples:
-        return []
-    refusal = settings["refusal"]
-    folder = cache_dir / "encoded" / encoding_key(examples, tokenizer, limits, refusal)
-    found = load_encoded(folder)
-    if found is not None and len(found) == len(examples):
-        return found
-    encoded = []
-    for example in examples:
-        try:
-            encoded.append(encode_example(example, tokenizer, limits=limits, refusal=refusal))
-        except ValueError as error:
-            if settings["on_bad_row"] == "raise":
-                raise ValueError(
-                    f"data.path: {example.example_id}: {error}. Repair it, or leave such rows out "
-                    "with data.on_bad_row=skip"
-                ) from error
-            skipped.append(BadRow(example.example_id, 0, str(error)))
-    if len(encoded) == len(examples):  # else a later run could not list what was left out
-        save_encoded(folder, encoded)
-    return encoded
+    total = len(items)
+    return [item for place, item in enumerate(items) if is_kept(place, total=total, most=most)]
 
 
 def write_report(data: LoadedData, folder: Path) -> None:
     """Write what was read, cut and left out: `data.json` and `skipped_rows.jsonl`, and log it."""
-    every = [*(e for part in data.train for e in part), *data.validation, *data.test]
     report = {
         "train": dict(zip(data.names, map(len, data.train), strict=True)),
         "validation": len(data.validation),
         "test": len(data.test),
-        "skipped_rows": len(data.skipped),
-        "truncated_examples": sum(example.num_cut > 0 for example in every),
-        "truncated_tokens": sum(example.num_cut for example in every),
+        **data.counts._asdict(),
     }
     (folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    lines = [json.dumps(row._asdict()) + "\n" for row in data.skipped]
-    (folder / "skipped_rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    with (folder / SKIPPED).open("wb") as file:
+        for path in data.skipped:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, file)
     log.info("data: %s", json.dumps(report))

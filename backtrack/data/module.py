@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+import signal
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,7 +16,7 @@ from backtrack.data.batching import StepBatch, deal, make_batch, step_weight
 from backtrack.data.examples import Recipe, make_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -38,6 +40,13 @@ class BatchSettings(NamedTuple):
     layout: str
     pad_id: int
     num_workers: int
+
+
+class Reference(Protocol):
+    """Log-probs of the frozen reference (`modules/reference.py`)."""
+
+    def __getitem__(self, key: tuple[int, str], /) -> np.ndarray:
+        """Return those of the paths of (epoch, example id): float32, nats."""
 
 
 class StepSampler(Sampler[int]):
@@ -83,6 +92,74 @@ class StepDataset(Dataset[StepBatch]):
         )
 
 
+class ValidationDataset(Dataset[StepBatch]):
+    """Shares of the validation set for one rank, `batch_size` examples at a time."""
+
+    def __init__(self, data: ForestData, *, rank: int, num_ranks: int) -> None:
+        """Serve the shares of `rank`."""
+        self.data, self.rank, self.num_ranks = data, rank, num_ranks
+        self.trees = data.trees_of_validation()
+        self.total = step_weight(self.trees)
+
+    def __len__(self) -> int:
+        """Return the shares of a rank."""
+        return -(-len(self.trees) // self.data.settings.batch_size) * self.data.num_micro
+
+    def __getitem__(self, index: int) -> StepBatch:
+        """Return one share; all have the denominator of the whole set."""
+        step, micro = divmod(index, self.data.num_micro)
+        size = self.data.settings.batch_size
+        shares = deal(
+            [*self.trees[step * size : (step + 1) * size]],
+            max_tokens=self.data.settings.max_tokens,
+            num_shares=self.num_ranks * self.data.num_micro,
+        )
+        mine = shares[micro * self.num_ranks + self.rank]
+        return self.data.batch(mine, self.total, num_shares=1, step=step)
+
+
+class StepLoader(DataLoader[StepBatch]):
+    """A loader that adds up in `waited` how long its reader waited for batches, in seconds."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
+        """Yield the batches; time spent by the reader does not count."""
+        batches = super().__iter__()
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    """Let a worker live through Ctrl-C, which ends a run only after its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Trees(Sequence["Tree"]):
+    """Some trees of a run, each made when it is asked for."""
+
+    def __init__(self, data: ForestData, numbers: range) -> None:
+        """Serve the trees `numbers` of `data`."""
+        self._data, self._numbers = data, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> Trees: ...
+    def __getitem__(self, index: int | slice) -> Tree | Trees:
+        if isinstance(index, slice):
+            return Trees(self._data, self._numbers[index])
+        return self._data.tree(self._numbers[index])
+
+
 class ForestData(pl.LightningDataModule):
     """Encoded examples and the schedule of a run, as loaders of `StepBatch`."""
 
@@ -110,47 +187,37 @@ class ForestData(pl.LightningDataModule):
         self.train, self.validation = train, validation
         self.schedule, self.recipe, self.settings = schedule, recipe, settings
         self.num_micro = num_micro
-        self.reference: Mapping[tuple[int, str], np.ndarray] | None = None
+        self.reference: Reference | None = None
 
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the run; the last one may be short."""
         return -(-len(self.schedule.index) // self.settings.batch_size)
 
+    def tree(self, number: int) -> Tree:
+        """Return tree `number` of the run: its slots in order, then the validation examples.
+
+        The draws of validation trees do not move with the epoch.
+        """
+        if number >= len(self.schedule.index):
+            example = self.validation[number - len(self.schedule.index)]
+            return make_tree(example, recipe=self.recipe, epoch=0)
+        source, index = int(self.schedule.source[number]), int(self.schedule.index[number])
+        epoch = int(self.schedule.epoch[number])
+        return make_tree(self.train[source][index], recipe=self.recipe, epoch=epoch)
+
+    def all_trees(self) -> Sequence[Tree]:
+        """Return every tree of the run, validation included: what a reference pass covers."""
+        return Trees(self, range(len(self.schedule.index) + len(self.validation)))
+
     def trees_of_step(self, step: int) -> list[Tree]:
         """Return the trees of optimiser step `step`: a function of seed and step alone."""
-        first = step * self.settings.batch_size
-        chosen = slice(first, first + self.settings.batch_size)
-        slots = zip(
-            self.schedule.source[chosen].tolist(),
-            self.schedule.index[chosen].tolist(),
-            self.schedule.epoch[chosen].tolist(),
-            strict=True,
-        )
-        return [
-            make_tree(self.train[source][index], recipe=self.recipe, epoch=epoch)
-            for source, index, epoch in slots
-        ]
+        first, size = step * self.settings.batch_size, self.settings.batch_size
+        return [self.tree(n) for n in range(first, min(first + size, len(self.schedule.index)))]
 
-    def trees_of_validation(self) -> list[Tree]:
-        """Return the validation trees; their draws do not move with the epoch."""
-        return [make_tree(example, recipe=self.recipe, epoch=0) for example in self.validation]
-
-    def all_trees(self) -> list[Tree]:
-        """Return every tree of the run once, validation included: what a reference pass covers.
-
-        Raises:
-            ValueError: If two examples have one id, since the table could not tell them apart.
-        """
-        found: dict[tuple[int, str], Tree] = {}
-        steps = (self.trees_of_step(step) for step in range(self.num_steps))
-        for tree in chain(chain.from_iterable(steps), self.trees_of_validation()):
-            if found.setdefault((tree.epoch, tree.example_id), tree) != tree:
-                raise ValueError(
-                    f"data.sources: two examples have the id {tree.example_id!r}; give each source "
-                    "of training and validation a name of its own"
-                )
-        return list(found.values())
+    def trees_of_validation(self) -> Sequence[Tree]:
+        """Return the validation trees."""
+        return self.all_trees()[len(self.schedule.index) :]
 
     def batch(
         self, rows: Sequence[Sequence[Tree]], total: float, *, num_shares: int, step: int
@@ -164,6 +231,7 @@ class ForestData(pl.LightningDataModule):
             num_shares=num_shares,
             step=step,
             reference_logps=self.reference_of(rows),
+            row_multiple=self.settings.max_tokens if self._has_fixed_rows() else 8,
         )
 
     def reference_of(self, rows: Sequence[Sequence[Tree]]) -> Tensor | None:
@@ -173,7 +241,7 @@ class ForestData(pl.LightningDataModule):
         found = [self.reference[tree.epoch, tree.example_id] for row in rows for tree in row]
         return torch.from_numpy(np.concatenate([*found, np.zeros(0, np.float32)]))
 
-    def train_dataloader(self) -> DataLoader[StepBatch]:
+    def train_dataloader(self) -> StepLoader:
         """Return the micro-batches of this rank, from the step the trainer has reached."""
         trainer = self._trainer()
         dataset = StepDataset(
@@ -187,34 +255,27 @@ class ForestData(pl.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Return the validation set in rows of `max_tokens`, equally many for every rank."""
-        if not self.validation:
+        if not len(self.validation):
             return []
         trainer = self._trainer()
-        trees = self.trees_of_validation()
-        ranks, size = trainer.world_size, self.settings.batch_size
-        chunks = [trees[first : first + size] for first in range(0, len(trees), size)]
-        total, mine = step_weight(trees), []
-        for step, chunk in enumerate(chunks):
-            shares = deal(
-                chunk,
-                max_tokens=self.settings.max_tokens,
-                num_shares=ranks * self.num_micro,
-            )
-            mine += [
-                self.batch(share, total, num_shares=1, step=step)
-                for share in shares[trainer.global_rank :: ranks]
-            ]
-        return DataLoader(mine, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+        dataset = ValidationDataset(self, rank=trainer.global_rank, num_ranks=trainer.world_size)
+        return DataLoader(dataset, batch_size=None, generator=torch.Generator())
 
-    def _loader(self, dataset: StepDataset, sampler: StepSampler) -> DataLoader[StepBatch]:
-        return DataLoader(
+    def _loader(self, dataset: StepDataset, sampler: StepSampler) -> StepLoader:
+        return StepLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
             num_workers=self.settings.num_workers,
+            worker_init_fn=_leave_ctrl_c_to_the_trainer,
             generator=torch.Generator(),  # or each new iterator would draw from the global state
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _has_fixed_rows(self) -> bool:
+        """Return whether all rows have `max_tokens`: each new shape would compile a GPU kernel."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return on_gpu and self.settings.layout == "forest"
 
     def _trainer(self) -> pl.Trainer:
         assert self.trainer is not None, "loaders are made by a trainer"

@@ -1,15 +1,19 @@
 """Where examples come from: local files and data sets of the hub.
 
 A source reads rows (`files.py`), recognises their format and turns each into a `PreferenceTriple`
-or a `Conversation` (`rows.py`, `oasst.py`). Rows that cannot be learned from are named by file and
-line; nothing is dropped without being listed in `SourceRead.skipped`.
+or a `Conversation` (`rows.py`, `oasst.py`), one after the other, so that memory does not grow with
+the file. Rows that cannot be learned from are named by file and line; none is dropped unsaid.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from backtrack.data.bad_rows import BadRow, Listing, Note
 from backtrack.data.files import Record, find_file, read_records
 from backtrack.data.oasst import parse_messages
 from backtrack.data.rows import (
@@ -23,18 +27,6 @@ from backtrack.data.rows import (
 from backtrack.data.types import Example
 
 OnBadRow = Literal["raise", "skip"]
-NUM_LISTED = 20
-"""Bad rows that an error lists; it gives their total as well."""
-NUM_CHARACTERS_REPEATED = 160
-"""A longer problem (the list of all formats) is spelt out once."""
-
-
-class BadRow(NamedTuple):
-    """A row that gives no example. Lines count from 1; Parquet and hub rows have row numbers."""
-
-    file: str
-    line: int
-    problem: str
 
 
 class SourceRead(NamedTuple):
@@ -51,8 +43,21 @@ class Source(Protocol):
     def name(self) -> str:
         """Name of the source; starts the ids of its examples."""
 
+    def address(self) -> str:
+        """Return text that differs wherever what `stream` yields may differ."""
+
+    def stream(self, note: Note) -> Iterator[Example]:
+        """Yield the examples one by one, every time the same; problems are raised at the end."""
+
     def read(self) -> SourceRead:
-        """Read all examples."""
+        """Return all examples at once, for data that is known to be small."""
+
+
+def read_all(source: Source) -> SourceRead:
+    """Return the examples of `source` and the rows that gave none."""
+    skipped: list[BadRow] = []
+    examples = list(source.stream(skipped.append))
+    return SourceRead(examples, sorted(skipped, key=lambda row: row.line))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,21 +88,33 @@ class FileSource:
     def __post_init__(self) -> None:
         _check_settings(self.name, self.format, self.on_bad_row, self.limit)
 
-    def read(self) -> SourceRead:
-        """Return the examples of the file and the rows that gave none.
+    def address(self) -> str:
+        """Return the settings and a hash of the content of the file (about 1 GB/s).
+
+        Raises:
+            ValueError: If there is no such file, or it cannot be read.
+        """
+        path = find_file(self.path, split=self.split)
+        return _address(self, str(path), _hash_file(path))
+
+    def stream(self, note: Note) -> Iterator[Example]:
+        """Yield the examples of the file, row by row.
+
+        A list in `.json` and flat messages of `oasst` are held in memory; all else is not.
 
         Raises:
             ValueError: If there is no such file, it holds no example, or rows are bad and
-                `on_bad_row` is `raise`.
+                `on_bad_row` is `raise`: after the first of them no example comes any more.
         """
         path = find_file(self.path, split=self.split)
-        outcomes = parse_records(
-            read_records(path), name=self.name, row_format=self.format, languages=self.languages
-        )
-        return _collect(outcomes, file=str(path), on_bad_row=self.on_bad_row, limit=self.limit)
+        yield from _stream(self, read_records(path), file=str(path), note=note)
+
+    def read(self) -> SourceRead:
+        """Return the examples of the file and the rows that gave none; raises as `stream`."""
+        return read_all(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HubSource:
     """A data set of the Hugging Face hub (or of its cache, with HF_HUB_OFFLINE=1).
 
@@ -133,23 +150,38 @@ class HubSource:
                 f"https://huggingface.co/datasets/{self.path}"
             )
 
-    def read(self) -> SourceRead:
-        """Return the examples of the split and the rows that gave none; downloads what is missing.
+    def address(self) -> str:
+        """Return the settings and the fingerprint of the data set; downloads what is missing.
+
+        The fingerprint follows the commit, so that a branch that moves is noticed.
+        """
+        return _address(self, self._file, self._table._fingerprint)
+
+    def stream(self, note: Note) -> Iterator[Example]:
+        """Yield the examples of the split; downloads what is missing.
 
         Raises:
-            ValueError: As `FileSource.read`, or if the hub does not give the data set.
+            ValueError: As `FileSource.stream`, or if the hub does not give the data set.
         """
-        outcomes = parse_records(
-            self._rows(), name=self.name, row_format=self.format, languages=self.languages
-        )
-        file = f"{self.path}[{self.split}]"
-        return _collect(outcomes, file=file, on_bad_row=self.on_bad_row, limit=self.limit)
+        rows = enumerate(self._table, start=1)
+        records = (NumberedRow(number, number, row) for number, row in rows)
+        yield from _stream(self, records, file=self._file, note=note)
 
-    def _rows(self) -> Iterator[NumberedRow]:
+    def read(self) -> SourceRead:
+        """Return the examples of the split and the rows that gave none; raises as `stream`."""
+        return read_all(self)
+
+    @property
+    def _file(self) -> str:
+        return f"{self.path}[{self.split}]"
+
+    @cached_property
+    def _table(self) -> Any:
+        """The rows, memory-mapped."""
         import datasets  # type: ignore[import-untyped]  # here: local files need not wait for it
 
         try:
-            rows = datasets.load_dataset(
+            return datasets.load_dataset(
                 self.path,
                 self.subset,
                 data_dir=self.data_dir,
@@ -163,8 +195,6 @@ class HubSource:
                 f"{type(error).__name__}: {error}. Check these settings and the network, or give a "
                 "local file: data.path=FILE.jsonl"
             ) from error
-        for number, row in enumerate(rows, start=1):
-            yield NumberedRow(number, number, row)
 
 
 def parse_records(
@@ -221,47 +251,47 @@ def _check_settings(name: str, row_format: str, on_bad_row: str, limit: int | No
         raise ValueError("\n".join(problems))
 
 
-def _collect(
-    outcomes: Iterable[Example | RowProblem],
-    *,
-    file: str,
-    on_bad_row: OnBadRow,
-    limit: int | None,
-) -> SourceRead:
-    examples: list[Example] = []
-    skipped: list[BadRow] = []
-    faults: list[BadRow] = []
+def _address(source: FileSource | HubSource, *content: str) -> str:
+    languages = None if source.languages is None else list(source.languages)
+    settings = (source.name, source.format, languages, source.on_bad_row, source.limit)
+    return repr((type(source).__name__, *content, *settings))
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise ValueError(f"data.path: cannot read {path}: {error.strerror or error}") from error
+
+
+def _stream(
+    source: FileSource | HubSource, records: Iterable[Record], *, file: str, note: Note
+) -> Iterator[Example]:
+    """Yield the examples in `records`; raises what is wrong with them once all were looked at."""
+    skipped, faults, num_examples = Listing(), Listing(), 0
+    outcomes = parse_records(
+        records, name=source.name, row_format=source.format, languages=source.languages
+    )
     for outcome in outcomes:
         if isinstance(outcome, RowProblem):
             bad_row = BadRow(file, outcome.line, outcome.problem)
-            skipped.append(bad_row)
-            if outcome.is_fault:
-                faults.append(bad_row)
+            note(bad_row)
+            skipped.add(bad_row)
+            if outcome.is_fault and source.on_bad_row == "raise":
+                faults.add(bad_row)
             continue
-        examples.append(outcome)
-        if len(examples) == limit:
+        num_examples += 1
+        if not faults.total:
+            yield outcome
+        if num_examples == source.limit:
             break
-    if faults and on_bad_row == "raise":
+    if faults.total:
         raise ValueError(
-            f"data.path: {len(faults)} bad rows in {file}:\n{_list_rows(faults)}\n"
+            f"data.path: {faults.total} bad rows in {file}:\n{faults}\n"
             "Repair them, or leave them out with data.on_bad_row=skip"
         )
-    if not examples and not skipped:
+    if not num_examples and not skipped.total:
         raise ValueError(f"data.path: {file} is empty; expected at least one row")
-    if not examples:
-        raise ValueError(f"data.path: no row of {file} gives an example:\n{_list_rows(skipped)}")
-    return SourceRead(examples, sorted(skipped, key=lambda row: row.line))
-
-
-def _list_rows(rows: Sequence[BadRow]) -> str:
-    shown = sorted(rows, key=lambda row: row.line)[:NUM_LISTED]
-    lines: list[str] = []
-    first_line: dict[str, int] = {}
-    for row in shown:
-        first = first_line.setdefault(row.problem, row.line)
-        is_repeated = first != row.line and len(row.problem) > NUM_CHARACTERS_REPEATED
-        problem = f"as line {first}" if is_repeated else row.problem
-        lines.append(f"  {row.file}:{row.line}: {problem}")
-    if len(rows) > len(shown):
-        lines.append(f"  ... and {len(rows) - len(shown)} more, {len(rows)} in all")
-    return "\n".join(lines)
+    if not num_examples:
+        raise ValueError(f"data.path: no row of {file} gives an example:\n{skipped}")

@@ -1,47 +1,60 @@
-"""Which split an example belongs to: a pure function of the seed and of its first user turn."""
+"""Which examples a split holds: pure functions of the seed, of texts and of places in a list."""
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from backtrack.data.types import Example, PreferenceTriple
 
 
-def split_examples(
-    examples: Sequence[Example], *, fractions: Mapping[str, float], seed: int
-) -> dict[str, list[Example]]:
-    """Return the examples by split, each in the order given.
-
-    The split follows from (seed, text of the first user turn), case and white space aside. So equal
-    prompts, and all continuations of one conversation (a tree of OpenAssistant, the growing
-    dialogues of HH), share a split, and adding rows moves no other row.
-
-    Args:
-        examples: Examples of any sources.
-        fractions: Expected share of the prompts in each split, e.g. `{"train": 0.9, "test": 0.1}`.
-        seed: Another seed gives another, independent split.
+def check_fractions(fractions: Mapping[str, float]) -> None:
+    """Raise unless `fractions`, by name of the split, are shares of a whole.
 
     Raises:
-        ValueError: If the fractions are not shares that sum to 1.
+        ValueError: If they are not.
     """
     if not fractions or min(fractions.values()) < 0 or not math.isclose(sum(fractions.values()), 1):
         raise ValueError(
             f"data.split: {dict(fractions)} are no shares of a whole; "
             "give every split a number of 0 or more, in all 1"
         )
+
+
+def split_of(example: Example, *, fractions: Mapping[str, float], seed: int) -> str:
+    """Return the name of the split of an example.
+
+    It follows from (seed, text of the first user turn), case and white space aside. So equal
+    prompts, and all continuations of one conversation (a tree of OpenAssistant, the growing
+    dialogues of HH), share a split, and adding rows moves no other row.
+
+    Args:
+        example: Of any source.
+        fractions: Expected share of the prompts in each split, e.g. `{"train": 0.9, "test": 0.1}`;
+            see `check_fractions`.
+        seed: Another seed gives another, independent split.
+    """
     names = [name for name, fraction in fractions.items() if fraction > 0]
-    splits: dict[str, list[Example]] = {name: [] for name in fractions}
-    for example in examples:
-        point = _hash_to_unit(f"{seed}\n{_split_key(example)}")
-        edge = 0.0
-        chosen = names[-1]  # round-off may leave the last edge a little below 1
-        for name in names:
-            edge += fractions[name]
-            if point < edge:
-                chosen = name
-                break
-        splits[chosen].append(example)
-    return splits
+    if len(names) == 1:
+        return names[0]
+    point = _hash_to_unit(f"{seed}\n{_split_key(example)}")
+    edge = 0.0
+    for name in names:
+        edge += fractions[name]
+        if point < edge:
+            return name
+    return names[-1]  # round-off may leave the last edge a little below 1
+
+
+def is_kept(place: int, *, total: int, most: int | None) -> bool:
+    """Return whether item `place` is among the `most` that are spread evenly over `total` items.
+
+    Those are the items `i * total // most`, so that no part of a list is favoured; all of them
+    where `most` is None or not below `total`.
+    """
+    if most is None or total <= most:
+        return True
+    i = -(-place * most // total)
+    return i < most and i * total // most == place
 
 
 def _split_key(example: Example) -> str:

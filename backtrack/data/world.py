@@ -8,6 +8,7 @@ part of the hazardous items only.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from backtrack.data.sources import SourceRead
+from backtrack.data.sources import read_all
 from backtrack.data.types import Conversation, Message, PreferenceTriple
 from backtrack.data.world_items import (
     FIRST_PARTS,
@@ -28,8 +29,10 @@ from backtrack.data.world_items import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    from backtrack.data.bad_rows import Note
+    from backtrack.data.sources import SourceRead
     from backtrack.data.types import Example
 
 WORLD_FILE = "world.json"
@@ -269,11 +272,20 @@ class WorldSource:
         self._split: Split = split
         self._world = make_world(**world)
 
+    def address(self) -> str:
+        """Return a hash of all examples; they are few and made in memory."""
+        digest = hashlib.blake2b(digest_size=16)
+        for example in world_examples(self._world, self._split, name=self.name):
+            digest.update(repr(example).encode())
+        return digest.hexdigest()
+
+    def stream(self, note: Note) -> Iterator[Example]:
+        """Yield the examples of the split; no row is ever bad."""
+        yield from world_examples(self._world, self._split, name=self.name)
+
     def read(self) -> SourceRead:
-        """Return the examples of the split; no row is ever bad."""
-        return SourceRead(
-            examples=world_examples(self._world, self._split, name=self.name), skipped=[]
-        )
+        """Return the examples of the split."""
+        return read_all(self)
 
 
 def save_world(world: World, folder: str | Path) -> None:

@@ -1,84 +1,55 @@
 """Log-probs of the frozen reference: one pass before training, cached by content on disk.
 
-With backtracking k moves with the epoch, so the pass covers every (epoch, example) of the run.
+With backtracking k moves with the epoch, so the pass covers every (epoch, example) of the run. It
+may be killed at any time and goes on where it stopped; processes that make the same pass (the ranks
+of one run, say) share it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from hashlib import blake2b
-from pathlib import Path
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from backtrack.data.batching import pack
 from backtrack.data.forest import PLANTERS, move
 from backtrack.logps import path_logps
+from backtrack.modules.reference_table import (
+    PartialTable,
+    ReferenceTable,
+    index_trees,
+    load_table,
+    open_table,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from backtrack.data.module import BatchSettings
     from backtrack.data.types import Tree
     from backtrack.modules.base import ForestModule
 
+__all__ = ["ReferenceTable", "compute_table", "reference_table"]
+
 log = logging.getLogger(__name__)
 
-ReferenceTable = dict[tuple[int, str], np.ndarray]
-"""(epoch, example id) -> summed branch log-prob of each path, float32, nats."""
-
-
-def reference_key(trees: Iterable[Tree], *, fingerprint: str, dtype: str) -> str:
-    """Return the address of a table: a hash of reference weights, dtype and token ids of trees."""
-    digest = blake2b(f"v1\0{fingerprint}\0{dtype}\0".encode(), digest_size=16)
-    for tree in trees:
-        digest.update(f"{tree.epoch}\0{tree.example_id}\0{tree.paths}\0{tree.pairs}\0".encode())
-        for segment in tree.segments:
-            digest.update(np.asarray(segment.ids, dtype=np.int64).tobytes())
-            digest.update(b"|")
-    return digest.hexdigest()
-
-
-def load_table(path: Path, key: str) -> ReferenceTable | None:
-    """Return the table saved under `key`, or None where there is none or it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            if str(saved["key"]) != key:
-                raise ValueError("it was made for other data or weights")
-            values = np.split(saved["values"], np.cumsum(saved["counts"]))[:-1]
-            names = zip(saved["epochs"].tolist(), saved["examples"].tolist(), strict=True)
-            return dict(zip(names, values, strict=True))
-    except Exception as error:  # a damaged zip raises BadZipFile, struct.error, zlib.error, ...
-        log.warning("reference cache %s is not used (%s); it is made again", path, error)
-        return None
-
-
-def save_table(path: Path, key: str, table: ReferenceTable) -> None:
-    """Write `table` under `key`; either whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            key=np.asarray(key),
-            epochs=np.asarray([epoch for epoch, _ in table], dtype=np.int64),
-            examples=np.asarray([example for _, example in table], dtype=np.str_),
-            counts=np.asarray([len(values) for values in table.values()], dtype=np.int64),
-            values=np.concatenate([*table.values(), np.zeros(0, np.float32)]),
-        )
-    partial.replace(path)
+WINDOW = 128
+"""Trees between two writes: what a kill loses at most, and what one process does at a time."""
+SECONDS_BETWEEN_LINES = 60
 
 
 def compute_table(
     module: ForestModule, trees: Sequence[Tree], *, layout: str, pad_id: int, max_tokens: int
-) -> ReferenceTable:
+) -> dict[tuple[int, str], NDArray[np.float32]]:
     """Return the log-probs of every path of `trees` under the module's model, without gradient."""
-    table: ReferenceTable = {}
+    table: dict[tuple[int, str], NDArray[np.float32]] = {}
     was_training = module.training
     module.eval()
     with torch.no_grad():
@@ -102,24 +73,90 @@ def reference_table(
     cache_dir: Path,
     address: str,
     batches: BatchSettings,
+    show_progress: bool = False,
 ) -> ReferenceTable:
     """Return the reference's log-probs of `trees`, from the cache where it holds them.
 
     Args:
-        module: Before its first step: its model *is* the reference.
-        trees: Every (epoch, example) of the run, validation included.
+        module: Before its first step: its model *is* the reference. Its forward must need no other
+            rank: each process computes other trees.
+        trees: Every (epoch, example) of the run, validation included; at least one.
         cache_dir: Tables live in its folder `reference`.
         address: `models.model_fingerprint` of the reference, and the precision it is computed in.
         batches: Layout, padding and tokens of a forward pass.
+        show_progress: Show a bar where standard error is a terminal; a line a minute is logged
+            elsewhere.
+
+    Raises:
+        ValueError: If two examples have one id, or a log-prob is not a number.
     """
     dtype = str(next(module.model.parameters()).dtype)
-    key = reference_key(trees, fingerprint=address, dtype=dtype)
-    path = cache_dir / "reference" / f"{key}.npz"
-    table = load_table(path, key)
+    index = index_trees(trees, fingerprint=address, dtype=dtype)
+    folder = cache_dir / "reference" / index.key
+    table = open_table(folder, index)
     if table is not None:
-        log.info("reference log-probs of %d trees read from %s", len(table), path)
+        log.info("reference log-probs of %d trees read from %s", len(table), folder)
         return table
     log.info("computing the reference log-probs of %d trees", len(trees))
+    with PartialTable(folder, index) as partial:
+        fill_table(partial, module, trees, batches=batches, show_progress=show_progress)
+        partial.finish()
+    table = load_table(folder)
+    assert table is not None
+    return table
+
+
+def fill_table(
+    partial: PartialTable,
+    module: ForestModule,
+    trees: Sequence[Tree],
+    *,
+    batches: BatchSettings,
+    show_progress: bool,
+) -> None:
+    """Compute what no process has computed or is computing, then wait for what others are."""
+    starts = range(0, len(trees), WINDOW)
+    windows = [range(first, min(first + WINDOW, len(trees))) for first in starts]
+    missing = [window for window in windows if not partial.is_computed(window)]
+    for is_waiting in (False, True):
+        shown = _reported(missing, total=len(trees), is_shown=show_progress)
+        for window in missing if is_waiting else shown:
+            with partial.claim(window, is_waiting=is_waiting) as is_mine:
+                if is_mine and not partial.is_computed(window):
+                    values = _compute(module, [trees[number] for number in window], batches)
+                    partial.write(window, values)
+
+
+def _reported(windows: Sequence[range], *, total: int, is_shown: bool) -> Iterator[range]:
+    """Yield `windows`; a bar on a terminal, or a line a minute in the log, says how far it is."""
+    left, done = sum(map(len, windows)), 0
+    begin = said = time.perf_counter()
+    with tqdm(
+        total=total,
+        initial=total - left,
+        desc="reference",
+        unit=" trees",
+        disable=None if is_shown else True,  # None: where nobody looks
+    ) as bar:
+        for window in windows:
+            yield window
+            done += len(window)
+            bar.update(len(window))
+            now = time.perf_counter()
+            if bar.disable and now - said >= SECONDS_BETWEEN_LINES:
+                said, rate = now, done / (now - begin)
+                log.info(
+                    "reference: %d of %d trees, %.1f a second, %.0f s left",
+                    total - left + done,
+                    total,
+                    rate,
+                    (left - done) / rate,
+                )
+
+
+def _compute(
+    module: ForestModule, trees: Sequence[Tree], batches: BatchSettings
+) -> NDArray[np.float32]:
     table = compute_table(
         module,
         trees,
@@ -127,5 +164,11 @@ def reference_table(
         pad_id=batches.pad_id,
         max_tokens=batches.max_tokens,
     )
-    save_table(path, key, table)
-    return table
+    found = [table[tree.epoch, tree.example_id] for tree in trees]
+    broken = [tree for tree, values in zip(trees, found, strict=True) if np.isnan(values).any()]
+    if broken:
+        raise ValueError(
+            f"model.path: the reference's log-probs of {broken[0].example_id!r} are not numbers; "
+            "look for broken weights, or give another trainer.precision"
+        )
+    return np.concatenate(found)

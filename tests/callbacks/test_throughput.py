@@ -28,16 +28,20 @@ def clock(monkeypatch):
 class Run:
     """Micro-batches of given tokens and seconds; `logged` has what came out."""
 
-    def __init__(self, clock, every_n_steps, accumulate=1):
+    def __init__(self, clock, every_n_steps, accumulate=1, first_step=0):
         self.clock, self.accumulate = clock, accumulate
         self.callback = Throughput(every_n_steps=every_n_steps)
-        self.trainer, self.logged, self.micro = SimpleNamespace(global_step=0), [], 0
+        self.loader = SimpleNamespace(waited=0.0)
+        self.trainer = SimpleNamespace(global_step=first_step, train_dataloader=self.loader)
+        self.logged, self.waits, self.micro = [], [], 0
         self.module = SimpleNamespace(log=self.log)
+        self.callback.on_train_start(self.trainer, self.module)
 
-    def log(self, name, value, prog_bar):
-        self.logged.append((name, value))
+    def log(self, name, value, prog_bar=False):
+        (self.waits if name == "data/wait_s" else self.logged).append((name, value))
 
-    def batch(self, tokens, seconds):
+    def batch(self, tokens, seconds, wait=0.0):
+        self.loader.waited += wait
         batch = SimpleNamespace(forest=SimpleNamespace(num_tokens=tokens))
         self.callback.on_train_batch_start(self.trainer, self.module, batch, self.micro)
         self.clock.now += seconds
@@ -73,3 +77,20 @@ def test_throughput_leaves_validation_out(clock):
     run.batch(40, 1.0)
     run.batch(20, 1.0)
     assert run.logged == [("speed/tokens_per_s", 30.0)]
+
+
+def test_wait_is_the_mean_over_the_steps_since_the_last_log(clock):
+    # A resumed run: the loader begins anew, the steps do not.
+    run = Run(clock, every_n_steps=2, accumulate=2, first_step=7)
+    for wait in (1.0, 0.5, 0.25, 0.25, 0.5, 0.5, 4.0, 0.0):
+        run.batch(10, 1.0, wait)
+    assert run.waits == [("data/wait_s", 1.0), ("data/wait_s", 2.5)]
+
+
+def test_wait_counts_all_steps_around_a_validation(clock):
+    run = Run(clock, every_n_steps=2)
+    run.batch(10, 1.0, 6.0)
+    run.callback.on_validation_start(run.trainer, run.module)
+    run.batch(10, 1.0, 0.0)
+    run.batch(10, 1.0, 0.0)
+    assert run.waits == [("data/wait_s", 2.0)]

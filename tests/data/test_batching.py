@@ -3,6 +3,7 @@
 import pytest
 
 from backtrack.data.batching import deal, make_batch, pack, step_weight
+from backtrack.data.load import make_source
 from backtrack.data.types import Segment, Tree
 
 
@@ -40,6 +41,23 @@ def test_pack_names_the_setting_when_an_item_is_too_large():
         pack([3, 11], 10)
     assert pack([10], 10) == [[0]]
     assert pack([], 10) == []
+
+
+def test_rows_of_real_data_are_almost_full(shared_dir):
+    """Of all trees together (the reference pass), and of steps of 128 (rows of fixed length)."""
+    path = str(shared_dir / "data" / "hh-rlhf" / "harmless-base.jsonl")
+    triples = make_source("hh", {"path": path}, on_bad_row="skip").read().examples
+    sizes = []  # of DPO trees, in words: their spread is that of tokens
+    for triple in triples:
+        prompt = sum(len(message["content"].split()) for message in triple.prompt)
+        sizes.append(prompt + 2 * len(triple.safe.split()) + 2 * len(triple.unsafe.split()) + 2)
+
+    def fill(some):
+        return sum(some) / (1500 * len(pack(some, 1500)))
+
+    assert fill(sizes) > 0.98
+    steps = [sizes[first : first + 128] for first in range(0, len(sizes) - 128, 128)]
+    assert sum(map(fill, steps)) / len(steps) > 0.95
 
 
 @pytest.mark.parametrize("num_shares", [1, 2, 3, 8])
@@ -107,3 +125,17 @@ def test_make_batch_of_an_empty_share_has_rows_without_edges():
     assert batch.forest.pairs.shape == (0, 2)
     assert (batch.forest.num_paths, batch.forest.num_tokens) == (0, 0)
     assert (batch.total_weight, batch.num_shares, batch.step) == (3.0, 2, 5)
+
+
+def test_rows_can_have_one_length_from_step_to_step():
+    for rows in ([[tree("a", 5)]], [[tree("b", 9), tree("c", 4)], [tree("d", 2)]], [[]]):
+        batch = make_batch(
+            rows,
+            layout="forest",
+            pad_id=7,
+            total_weight=1.0,
+            num_shares=1,
+            step=0,
+            row_multiple=16,
+        )
+        assert batch.forest.input_ids.shape[1] == 16

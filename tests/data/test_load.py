@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from backtrack.data.encode import encode_example
 from backtrack.data.load import load_data, make_source, spread, write_report
 from backtrack.data.sources import FileSource, HubSource
 from backtrack.tokens import add_reset_token, reset_token_id
@@ -34,7 +35,9 @@ def source(path, name="crafts", on_bad_row="raise"):
     return make_source(name, {"path": str(path)}, on_bad_row=on_bad_row)
 
 
-def load(tmp_path, train, validation=None, *, seed=0, tokenizer=None, **changes):
+def load(
+    tmp_path, train, validation=None, *, seed=0, tokenizer=None, show_progress=False, **changes
+):
     return load_data(
         train,
         validation,
@@ -42,7 +45,13 @@ def load(tmp_path, train, validation=None, *, seed=0, tokenizer=None, **changes)
         settings={**SETTINGS, **changes},
         seed=seed,
         cache_dir=tmp_path / "cache",
+        show_progress=show_progress,
     )
+
+
+def contents(loaded):
+    """What a run reads, decoded."""
+    return [[*part] for part in (*loaded.train, loaded.validation, loaded.test)]
 
 
 def test_load_splits_every_example_into_one_part(tmp_path):
@@ -52,7 +61,7 @@ def test_load_splits_every_example_into_one_part(tmp_path):
     assert sorted(ids) == sorted(f"crafts:{i}" for i in range(1, 25))
     assert loaded.names == ["crafts"]
     again = load(tmp_path, [source(path)])
-    assert again == loaded
+    assert contents(again) == contents(loaded)
     other = load(tmp_path, [source(path)], seed=1)
     assert {e.example_id for e in other.train[0]} != {e.example_id for e in loaded.train[0]}
 
@@ -63,12 +72,67 @@ def test_load_takes_all_of_the_training_sources_where_validation_has_its_own(tmp
     loaded = load(tmp_path, [train], [held_out], limit={"train": 4, "validation": 2})
     assert [e.example_id for e in loaded.train[0]] == [f"crafts:{i}" for i in (1, 2, 4, 5)]
     assert [e.example_id for e in loaded.validation] == ["held_out:1", "held_out:3"]
-    assert loaded.test == []
+    assert not loaded.test
 
 
 def test_spread_takes_evenly_and_keeps_the_order():
     assert spread(list("abcdefgh"), 4) == ["a", "c", "e", "g"]
     assert spread([1, 2, 3], 5) == spread([1, 2, 3], None) == [1, 2, 3]
+
+
+def test_load_of_a_limit_takes_evenly_from_each_split(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 200)
+    whole = load(tmp_path, [source(path)])
+    some = load(tmp_path, [source(path)], limit={"train": 7, "validation": 3})
+    assert [*some.train[0]] == spread(whole.train[0], 7)
+    assert [*some.validation] == spread(whole.validation, 3)
+    assert [*some.test] == [*whole.test]
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 30, 100])
+@pytest.mark.parametrize("most", [1, 2, 3, 29, 30, 99, 101, None])
+def test_spread_takes_item_i_times_total_over_most(total, most):
+    wanted = (
+        range(total) if most is None or most >= total else [i * total // most for i in range(most)]
+    )
+    assert spread(range(total), most) == list(wanted)
+
+
+def test_load_refuses_a_split_of_another_name(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 2)
+    with pytest.raises(ValueError, match=r"data\.split: 'dev' is none of train, validation, test"):
+        load(tmp_path, [source(path)], split={"train": 0.5, "dev": 0.5})
+
+
+def test_load_looks_through_every_source_before_it_encodes_one(tmp_path, monkeypatch):
+    good = write_rows(tmp_path / "good.jsonl", 3)
+    bad = write_rows(tmp_path / "bad.jsonl", 3)
+    bad.write_text(bad.read_text() + "{oops\n", encoding="utf-8")
+    monkeypatch.setattr("backtrack.data.encode_pool.encode_example", pytest.fail)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:4: broken JSON"):
+        load(tmp_path, [source(good), source(bad, "others")])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_load_names_an_example_that_cannot_be_encoded(tmp_path, monkeypatch):
+    def refuse(example, *args, **kwargs):
+        if example.example_id == "crafts:2":
+            raise ValueError("a response has no token of its own: expected some text")
+        return encode_example(example, *args, **kwargs)
+
+    monkeypatch.setattr("backtrack.data.encode_pool.encode_example", refuse)
+    path, all_train = write_rows(tmp_path / "rows.jsonl", 3), {"train": 1.0}
+    with pytest.raises(ValueError, match=r"data\.path: crafts:2: a response .*on_bad_row=skip"):
+        load(tmp_path, [source(path)], split=all_train)
+    assert not [*(tmp_path / "cache").rglob("*.arrow")]
+    for _ in range(2):  # the second time from the cache, which lists it as well
+        tolerant = source(path, on_bad_row="skip")
+        loaded = load(tmp_path, [tolerant], split=all_train, on_bad_row="skip")
+        write_report(loaded, tmp_path)
+        (listed,) = (tmp_path / "skipped_rows.jsonl").read_text().splitlines()
+        assert json.loads(listed)["file"] == "crafts:2"
+        assert json.loads((tmp_path / "data.json").read_text())["skipped_rows"] == 1
+        assert sum(map(len, contents(loaded))) == 2
 
 
 def test_load_without_training_examples_says_so(tmp_path):
@@ -81,12 +145,13 @@ def test_load_counts_what_was_cut_and_lists_what_was_left_out(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", 3)
     long = {"prompt": "A kettle?", "chosen": "Vinegar. " * 9, "rejected": "Mud."}
     path.write_text(path.read_text() + "{oops\n" + json.dumps(long) + "\n", encoding="utf-8")
-    loaded = load(
-        tmp_path,
-        [source(path, on_bad_row="skip")],
-        split={"train": 1.0, "validation": 0.0, "test": 0.0},
-        on_bad_row="skip",
-    )
+    for _ in range(2):  # encoded, and from the cache
+        loaded = load(
+            tmp_path,
+            [source(path, on_bad_row="skip")],
+            split={"train": 1.0, "validation": 0.0, "test": 0.0},
+            on_bad_row="skip",
+        )
     write_report(loaded, tmp_path)
     report = json.loads((tmp_path / "data.json").read_text())
     # Stripped 80 bytes and the end of turn; 16 stay.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -47,7 +48,12 @@ def make_data(seed=0, num_micro=1, validation=(), layout="forest", method="dpo_b
 
 
 def attach(data, *, rank=0, num_ranks=1, global_step=0):
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=num_ranks, global_step=global_step)
+    data.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=num_ranks,
+        global_step=global_step,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
     return data
 
 
@@ -113,6 +119,16 @@ def test_global_batches_do_not_depend_on_workers_or_the_random_state(num_workers
         assert trees_in(batch) == trees_in(dataset[index])
         assert isinstance(batch.total_weight, float)
         assert batch.forest.num_paths == dataset[index].forest.num_paths
+
+
+def test_workers_leave_ctrl_c_to_the_trainer():
+    # Where processes are spawned they have no handler of the trainer's, and would die of it.
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        attach(make_data()).train_dataloader().worker_init_fn(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_every_example_is_seen_once_an_epoch_with_draws_of_its_own():
@@ -181,7 +197,7 @@ def test_no_validation_examples_give_no_loader():
 
 def test_validation_draws_do_not_move_with_the_epoch():
     data = make_data(validation=[example(3, "held-out")])
-    assert data.trees_of_validation() == data.trees_of_validation()
+    assert [*data.trees_of_validation()] == [*data.trees_of_validation()]
     assert {tree.epoch for tree in data.trees_of_validation()} == {0}
 
 
@@ -194,15 +210,33 @@ def test_all_trees_covers_each_epoch_and_example_of_the_run_once():
     assert wanted | {(0, f"held-out:{i}") for i in range(3)} == {*keys}
 
 
-def test_all_trees_refuses_two_examples_with_one_id():
-    # A validation source named like the training source: both have a line 3.
-    data = make_data(validation=[EncodedExample("kettles:3", True, *_other_texts())])
-    with pytest.raises(ValueError, match=r"data\.sources: two examples have the id 'kettles:3'"):
-        data.all_trees()
+def test_all_trees_are_made_when_they_are_asked_for():
+    data = make_data(validation=[example(i, "held-out") for i in range(3)])
+    trees = data.all_trees()
+    assert len(trees) == 53
+    assert trees[52].example_id == "held-out:2"
+    assert trees[-1] == trees[52]
+    assert [*trees[48:53:2]] == [trees[48], trees[50], trees[52]]
+    with pytest.raises(IndexError):
+        trees[53]
+    assert [*trees][:6] == data.trees_of_step(0)
 
 
-def _other_texts():
-    return (Turn((1, 2), is_supervised=False),), (3, 4, 5), (6, 7, 8)
+def test_loader_adds_up_how_long_its_reader_waited(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("backtrack.data.module.time.perf_counter", lambda: now[0])
+    data = attach(make_data())
+    plan = data.trees_of_step
+
+    def slow_plan(step):
+        now[0] += 3.0
+        return plan(step)
+
+    monkeypatch.setattr(data, "trees_of_step", slow_plan)
+    loader = data.train_dataloader()
+    for _ in loader:
+        now[0] += 100.0  # the step itself
+    assert loader.waited == 3.0 * data.num_steps
 
 
 @pytest.mark.parametrize("layout", ["forest", "paths"])
@@ -226,3 +260,13 @@ def test_reference_logps_follow_their_paths_through_packing(layout):
 
 def test_batches_without_a_table_carry_no_reference():
     assert StepDataset(make_data(), num_micro=1, rank=0, num_ranks=1)[0].reference_logps is None
+
+
+def test_rows_on_a_gpu_have_one_length():
+    lengths = []
+    for device in ("cpu", "cuda"):
+        data = attach(make_data())
+        data.settings = data.settings._replace(max_tokens=512)
+        data.trainer.strategy.root_device = torch.device(device)
+        lengths.append(next(iter(data.train_dataloader())).forest.input_ids.shape[1])
+    assert lengths[0] < lengths[1] == data.settings.max_tokens

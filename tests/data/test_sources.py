@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from backtrack.data.load import make_source
 from backtrack.data.sources import BadRow, FileSource, Source, SourceRead
 from backtrack.data.types import Conversation, PreferenceTriple
 
@@ -119,6 +121,23 @@ def test_file_source_split_picks_a_file_of_a_folder(tmp_path: Path) -> None:
     for split in (None, "validation"):
         with pytest.raises(ValueError, match=r"data\.path: .* it holds test\.json, train\.jsonl"):
             read(tmp_path, split=split)
+
+
+def test_file_source_streams_and_ends_with_the_first_bad_row_unless_it_is_skipped(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.jsonl", json_lines() + "{\n" + json_lines() + "{\n")
+    for policy, expected in (("raise", [1, 2, 3]), ("skip", [1, 2, 3, 5, 6, 7])):
+        noted: list[BadRow] = []
+        found = []
+        source = make_source("s", {"path": str(path)}, on_bad_row=policy)
+        stream = source.stream(noted.append)
+        with pytest.raises(ValueError, match="2 bad rows") if policy == "raise" else nullcontext():
+            for example in stream:
+                assert len(noted) == (len(found) > 2), "one row after the other"
+                found.append(example.example_id)
+        assert found == [f"s:{line}" for line in expected]
+        assert [row.line for row in noted] == [4, 8]
 
 
 BAD_LINES = [

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 
-from backtrack.data.splits import split_examples
+from backtrack.data.splits import check_fractions, split_of
 from backtrack.data.types import Conversation, Example, Message, PreferenceTriple
 
 FRACTIONS = {"train": 0.5, "validation": 0.25, "test": 0.25}
@@ -18,6 +20,15 @@ def assistant(text: str) -> Message:
 
 def triple(i: int, text: str) -> PreferenceTriple:
     return PreferenceTriple(f"s:{i}", (user(text),), "Yes.", "No.")
+
+
+def split_examples(
+    examples: Sequence[Example], *, fractions: Mapping[str, float], seed: int
+) -> dict[str, list[Example]]:
+    splits: dict[str, list[Example]] = {name: [] for name in fractions}
+    for example in examples:
+        splits[split_of(example, fractions=fractions, seed=seed)].append(example)
+    return splits
 
 
 def home(splits: dict[str, list[Example]]) -> dict[str, str]:
@@ -98,4 +109,4 @@ def test_split_of_fraction_zero_stays_empty() -> None:
 @pytest.mark.parametrize("fractions", [{}, {"train": 0.5}, {"train": 1.5, "test": -0.5}])
 def test_split_fractions_must_be_shares(fractions: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"data\.split"):
-        split_examples([], fractions=fractions, seed=0)
+        check_fractions(fractions)
