@@ -69,11 +69,11 @@ class TargetLogps(torch.autograd.Function):
         """Return log softmax(states weight^T)[targets]."""
         values = states @ weight.t()
         chosen = values.gather(-1, targets[:, None])
-        top, where = values.max(-1, keepdim=True)
+        top = values.amax(-1, keepdim=True)
         torch.softmax(values, -1, out=values)
         ctx.save_for_backward(states, weight, targets)
         ctx.values = values
-        return (chosen - top + values.gather(-1, where).log_()).squeeze(-1)
+        return (chosen - top + values.amax(-1, keepdim=True).log_()).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
