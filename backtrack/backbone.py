@@ -91,10 +91,37 @@ def tree_attention_mask(config: PreTrainedConfig, allowed: Tensor, depth: Tensor
     Raises:
         ValueError: If the architecture or its attention implementation takes no such mask.
     """
+    return _by_layer_type(config, allowed, depth[:, :, None] - depth[:, None, :])
+
+
+def cache_mask(config: PreTrainedConfig, positions: Tensor, width: int) -> Mask:
+    """Return the `attention_mask` of one new token a row over a cache whose columns are positions.
+
+    Args:
+        config: Of the loaded model.
+        positions: (B,) int64, of the new tokens; what stands in later columns is not seen.
+        width: Columns of the cache.
+
+    Returns:
+        As `tree_attention_mask`, (B, 1, 1, width).
+
+    Raises:
+        ValueError: As `tree_attention_mask`.
+    """
+    back = positions[:, None, None] - torch.arange(width, device=positions.device)
+    return _by_layer_type(config, back >= 0, back)
+
+
+def _by_layer_type(config: PreTrainedConfig, allowed: Tensor, distance: Tensor) -> Mask:
+    """Return the masks of all layers.
+
+    Args:
+        config: Of the loaded model.
+        allowed: (B, T, K) bool, where a query may attend to a key in a layer that sees everything.
+        distance: (B, T, K) int64, or one that broadcasts: how far back a key is.
+    """
     window = sliding_window(config)
-    near = allowed
-    if window is not None:
-        near = allowed & (depth[:, :, None] - depth[:, None, :] < window)
+    near = allowed if window is None else allowed & (distance < window)
     if not takes_mask_per_layer_type(config):
         return _as_mask(config, near)
     return {
@@ -105,7 +132,7 @@ def tree_attention_mask(config: PreTrainedConfig, allowed: Tensor, depth: Tensor
 
 def _as_mask(config: PreTrainedConfig, allowed: Tensor) -> Mask:
     match config._attn_implementation:
-        case "sdpa":
+        case name if name.startswith("sdpa"):  # ours for trees passes dense masks on
             return allowed[:, None]
         case "eager":
             # fp32 whatever the model's dtype: the sum is promoted, so the minimum cannot overflow.

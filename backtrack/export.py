@@ -12,13 +12,13 @@ from omegaconf import DictConfig
 
 from backtrack import CONF_DIR, runs
 from backtrack.adapters import add_lora
+from backtrack.build import make_tokenizer, model_spec
 from backtrack.config import ConfigError, check_command_line
 from backtrack.data.world import make_world, save_world
 from backtrack.models import load_model
 from backtrack.modules.base import check_identity
 from backtrack.saving import check_free, export_state
 from backtrack.tokens import reset_token_id
-from backtrack.train import make_tokenizer, model_spec
 
 PREFIX = "model."  # ForestModule keeps the model under this name
 

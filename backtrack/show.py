@@ -18,12 +18,12 @@ from rich.text import Text
 from rich.tree import Tree as Drawing
 
 from backtrack import CONF_DIR
+from backtrack.build import make_data, make_tokenizer
 from backtrack.checks import check_values, method_of
 from backtrack.config import ConfigError, check_command_line
 from backtrack.data.examples import make_tree
 from backtrack.data.forest import loss_segments
 from backtrack.tokens import reset_token_id
-from backtrack.train import make_data, make_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+from backtrack.build import model_spec
 from backtrack.config import compose_config
 from backtrack.data.encode import Limits, encode_example
 from backtrack.data.examples import draw_cut
@@ -21,7 +22,6 @@ from backtrack.data.load import make_source
 from backtrack.data.types import EncodedExample
 from backtrack.models import load_tokenizer
 from backtrack.tokens import reset_token_id
-from backtrack.train import model_spec
 
 LIMITS = Limits(max_prompt_tokens=4096, max_response_tokens=4096)
 

@@ -36,17 +36,15 @@ from work import (
     side_arguments,
 )
 
-from backtrack.checks import method_of
+from backtrack.build import make_module, make_recipe, make_trainer
 from backtrack.config import compose_config
 from backtrack.cpu import tune_for_training
 from backtrack.data import examples
-from backtrack.data.examples import Recipe
 from backtrack.data.mixture import Schedule
 from backtrack.data.module import BatchSettings, ForestData
 from backtrack.data.types import EncodedExample, Turn
 from backtrack.modules.base import ForestModule
 from backtrack.modules.reference import reference_table
-from backtrack.train import make_module, make_trainer
 
 
 class Job(NamedTuple):
@@ -156,22 +154,14 @@ def given_cuts(triples: Sequence[Triple]) -> Iterator[None]:
 
 def make_data(triples: Sequence[Triple], cfg: DictConfig) -> ForestData:
     """Return the data of one epoch in the order of the triples; to be used under `given_cuts`."""
-    objective, count = cfg.objective, len(triples)
+    count = len(triples)
     largest = max(len(t["prompt"]) + 2 * len(t["safe"] + t["unsafe"]) + 2 for t in triples)
     zeros = np.zeros(count, np.int64)
     return ForestData(
         train=[encode(triples)],
         validation=[],
         schedule=Schedule(source=zeros, index=np.arange(count), epoch=zeros),
-        recipe=Recipe(
-            method=method_of(cfg),
-            seed=0,
-            reset_token_id=triples[0]["reset"],
-            safe_weight=objective.get("safe_weight", 0.0),
-            backtrack_weight=objective.get("backtrack_weight", 0.0),
-            elicit_weight=objective.get("elicit_weight", 0.0),
-            discourage_weight=objective.get("discourage_weight", 0.0),
-        ),
+        recipe=make_recipe(cfg, reset_id=triples[0]["reset"]),
         settings=BatchSettings(
             batch_size=cfg.data.batch_size,
             max_tokens=max(cfg.data.max_tokens, largest),

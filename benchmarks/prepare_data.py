@@ -20,10 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from backtrack.build import make_tokenizer
 from backtrack.config import compose_config
 from backtrack.data.encode_pool import num_cores
 from backtrack.data.load import load_data, make_source
-from backtrack.train import make_tokenizer
 
 WORDS = (
     "the a of to with under over kettle basket loom candle lantern barrel wool clay copper willow "

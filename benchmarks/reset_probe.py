@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from backtrack.build import make_sources
 from backtrack.callbacks.reset_probe import reset_logps
 from backtrack.config import compose_config
 from backtrack.data.load import load_data
@@ -32,7 +33,6 @@ from backtrack.modules.base import OptimizerSettings
 from backtrack.modules.sft import SFTModule
 from backtrack.runs import load_config
 from backtrack.tokens import reset_token_id
-from backtrack.train import make_sources
 
 
 class Rows:

@@ -62,8 +62,8 @@ def test_bad_rows_are_skipped_and_listed_where_asked(tmp_path, experiment):
 
 
 def test_literal_reset_in_a_data_file_is_text_in_every_batch(tmp_path):
+    from backtrack.build import make_data, make_tokenizer
     from backtrack.tokens import reset_token_id
-    from backtrack.train import make_data, make_tokenizer
 
     _, cfg = own_data(tmp_path, "data.backtrack=false", is_bad=False)
     tokenizer = make_tokenizer(cfg)

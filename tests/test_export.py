@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from backtrack import runs
+from backtrack.build import make_module, make_tokenizer, model_spec
 from backtrack.config import ConfigError, compose_config
 from backtrack.data.world import load_world
 from backtrack.export import export, main
 from backtrack.models import load_model
 from backtrack.tokens import reset_token_id
-from backtrack.train import make_module, make_tokenizer, model_spec
 
 LORA = "model.lora={r: 2, alpha: 4, dropout: 0.0, target_modules: all-linear}"
 IDS = torch.arange(12)[None]

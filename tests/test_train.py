@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from backtrack.build import make_tokenizer, model_spec
 from backtrack.config import ConfigError
 from backtrack.models import load_model
-from backtrack.train import make_tokenizer, model_spec, train
+from backtrack.train import train
 from tests.tiny_runs import (
     LORA,
     CrashError,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from backtrack.data.mixture import Schedule
     from backtrack.data.types import EncodedExample, Tree
@@ -172,6 +173,7 @@ class ForestData(pl.LightningDataModule):
         recipe: Recipe,
         settings: BatchSettings,
         num_micro: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Hold a run's data.
 
@@ -182,11 +184,12 @@ class ForestData(pl.LightningDataModule):
             recipe: How an example becomes a tree.
             settings: See `BatchSettings`.
             num_micro: Micro-batches of a step (`trainer.accumulate_grad_batches`).
+            tokenizer: That encoded the examples; callbacks that decode need it.
         """
         super().__init__()
         self.train, self.validation = train, validation
         self.schedule, self.recipe, self.settings = schedule, recipe, settings
-        self.num_micro = num_micro
+        self.num_micro, self.tokenizer = num_micro, tokenizer
         self.reference: Reference | None = None
 
     @property

@@ -3,12 +3,11 @@
 `HFEngine` decodes with any causal language model of transformers, many requests at a time. What
 was taken back stays in the context, as in training, and is never in `Completion.visible_ids`.
 
-Shapes: B rows of a batch, T tokens of a forward, V vocabulary.
+Shapes: B rows of a step, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from contextlib import contextmanager
@@ -17,36 +16,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backtrack.data.template import end_of_turn_id
-from backtrack.generation.batch import Batch
-from backtrack.generation.reset import (
-    bias_and_ban,
-    choose_tokens,
-    keyed_gumbel,
-    split_at_resets,
+from backtrack.generation.board import Board
+from backtrack.generation.reset import split_at_resets
+from backtrack.generation.runner import (
+    PlainRunner,
+    Runner,
+    SlotRunner,
+    attending_by_sdpa,
+    takes_slots,
 )
+from backtrack.generation.strands import Answer, choose
 from backtrack.generation.types import Completion, Engine, FinishReason, Request, Sampling
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Completion", "Engine", "FinishReason", "HFEngine", "Request", "Sampling"]
 
 
 class HFEngine:
-    """Decodes with a causal language model of transformers, in batches.
+    """Decodes with a causal language model of transformers, by continuous batching.
 
-    Requests are sorted by length and padded on the left; an answer that has ended leaves its
-    batch at once. The model's mode and torch's global random state are left as they were.
+    Any number of requests goes through `batch_size` slots: one that has ended makes room for the
+    next at once. Requests share what they have in common: samples of one prompt its prefill, and
+    requests that differ in `reset_bias` alone everything before their first reset, so that a sweep
+    over biases costs little more than one run (`generation.frontier`). Each answer is what it would
+    be alone. The model's mode and torch's global random state are left as they were.
 
     Args:
         model: With a row for [RESET] in its embedding. It decodes on the device it is on.
         tokenizer: With [RESET] and an end-of-turn token. Ids that it does not have (rows that pad
             the vocabulary) are never chosen.
-        batch_size: Requests that decode together, at most.
+        batch_size: Rows that decode together, at most.
+        compiles: Whether the steps are compiled on a GPU: minutes at first, then faster.
 
     Raises:
         ValueError: If the tokenizer has no [RESET] or no end-of-turn token, or the model has no row
@@ -54,7 +59,12 @@ class HFEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        compiles: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is less than 1")
@@ -70,11 +80,11 @@ class HFEngine:
                 f"checkpoint: the model has {model.config.vocab_size} rows and none for [RESET] "
                 f"(id {self._reset_id}); its tokenizer is another model's"
             )
-        # A wrapper (peft) passes on by keyword what its own signature does not name.
-        inner = getattr(model, "get_base_model", lambda: model)()
-        accepted = inspect.signature(inner.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._is_static = model.device.type == "cuda"
+        self._forward: Any = None
+        if compiles and self._is_static:
+            self._forward = torch.compile(model.forward, mode="reduce-overhead")
+        self._takes_slots: bool | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Return a completion for each request, in their order.
@@ -84,17 +94,63 @@ class HFEngine:
                 prefilled with an end-of-turn token.
         """
         lengths = [self._checked_length(request) for request in requests]
-        # The longest first: what does not fit into memory shows at once.
-        order = sorted(range(len(requests)), key=lengths.__getitem__, reverse=True)
+        if not requests:
+            return []
+        board = Board(
+            requests,
+            num_slots=self._batch_size,
+            reset_id=self._reset_id,
+            stop_ids=self._stop_ids,
+            max_length=self._max_length,
+            device=self._model.device,
+            clock=time.perf_counter,
+        )
+        budgets = zip(lengths, (r.sampling.max_new_tokens for r in requests), strict=True)
+        capacity = int(min(self._max_length, max(length + budget for length, budget in budgets)))
         completions: dict[int, Completion] = {}
         # Not inference_mode: rotary embeddings that adapt to the length would keep its tensors, and
         # a model that a callback decodes with goes on training.
-        with _evaluating(self._model), torch.no_grad():
-            for start in range(0, len(order), self._batch_size):
-                batch = order[start : start + self._batch_size]
-                answers = self._decode([requests[index] for index in batch])
-                completions.update(zip(batch, answers, strict=True))
+        with _evaluating(self._model), attending_by_sdpa(self._model), torch.no_grad():
+            runner = self._make_runner(capacity, min(self._batch_size, len(requests)))
+            while not board.is_finished:
+                for answer in self._step(board, runner):
+                    completions[answer.request] = self._complete(requests[answer.request], answer)
         return [completions[index] for index in range(len(requests))]
+
+    def _make_runner(self, capacity: int, num_slots: int) -> Runner:
+        """Return what runs the model; slots if it takes them."""
+        if self._takes_slots is None:
+            self._takes_slots = takes_slots(self._model)
+        if not self._takes_slots:
+            return PlainRunner(self._model, num_slots=num_slots)
+        return SlotRunner(
+            self._model,
+            num_slots=num_slots,
+            capacity=capacity,
+            is_static=self._is_static,
+            forward=self._forward,
+        )
+
+    def _step(self, board: Board, runner: Runner) -> list[Answer]:
+        """Decode one token of every row; return the answers that end with it."""
+        for copied in board.place_branches():
+            runner.copy(*copied)
+        slots, texts = board.admit()
+        # The last token of a text is read with the step, which gives what follows it.
+        runner.prefill(slots, [text[:-1] for text in texts])
+        logits = runner.step(
+            [row.next_token for row in board.rows], [row.position for row in board.rows]
+        )
+        choice = choose(
+            logits[:, : self._num_tokens],
+            board.voices(),
+            reset_id=self._reset_id,
+            is_sampled=board.is_sampled,
+        )
+        answers = board.record(choice)
+        for copied in board.copies_of_the_last():
+            runner.copy(*copied)
+        return answers
 
     def _checked_length(self, request: Request) -> int:
         """Return the tokens that a request brings along, or raise where it cannot be decoded."""
@@ -114,74 +170,16 @@ class HFEngine:
             )
         return length
 
-    def _decode(self, requests: list[Request]) -> list[Completion]:
-        """Return the completions of one batch."""
-        start = time.perf_counter()
-        batch = Batch(
-            requests,
-            reset_id=self._reset_id,
-            stop_ids=self._stop_ids,
-            max_length=self._max_length,
-            device=self._model.device,
-        )
-        cache: Any = None
-        times: list[float] = []
-        while not batch.is_finished:
-            logits, cache = self._forward(batch, cache)
-            kept = batch.record(self._choose(logits, batch))
-            times.append(time.perf_counter() - start)
-            if kept is not None:
-                cache.batch_select_indices(kept)
-        return [
-            self._complete(request, answer, times)
-            for request, answer in zip(requests, batch.answers, strict=True)
-        ]
-
-    def _forward(self, batch: Batch, cache: Any) -> tuple[Tensor, Any]:
-        """Return (B, V) float32 logits of the next tokens, and the cache with the last ones."""
-        options: dict[str, Any] = dict(self._options)
-        if self._takes_positions:
-            options["position_ids"] = batch.positions
-        output = self._model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        return output.logits[:, -1, : self._num_tokens].float(), output.past_key_values
-
-    def _choose(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the (B,) next tokens."""
-        rows = batch.rows
-        logits = bias_and_ban(
-            logits,
-            reset_id=self._reset_id,
-            reset_bias=rows.reset_bias,
-            num_resets=rows.num_resets,
-            max_resets=rows.max_resets,
-        )
-        noise = None
-        if batch.is_sampled:
-            vocabulary = torch.arange(logits.shape[1], device=logits.device)
-            noise = keyed_gumbel(rows.keys, rows.steps, vocabulary)
-        return choose_tokens(logits, rows.temperature, noise)
-
-    def _complete(self, request: Request, answer: list[int], times: list[float]) -> Completion:
-        """Return what became of a request.
-
-        Args:
-            request: What was asked.
-            answer: All ids of the answer, prefill, resets and end of turn included.
-            times: When each step of the batch was done, seconds from its start.
-        """
-        is_stopped = answer[-1] in self._stop_ids
-        split = split_at_resets(answer[:-1] if is_stopped else answer, self._reset_id)
+    def _complete(self, request: Request, answer: Answer) -> Completion:
+        """Return what became of a request."""
+        num_prefilled, num_generated = len(request.prefill_ids), len(answer.tokens)
+        is_stopped = answer.tokens[-1] in self._stop_ids
+        ids = [*request.prefill_ids, *answer.tokens]
+        split = split_at_resets(ids[:-1] if is_stopped else ids, self._reset_id)
         reason: FinishReason = "stop" if is_stopped else "length"
         if reason == "length" and not split.visible:
             reason = "length_after_reset"
-        num_prefilled = len(request.prefill_ids)
-        first_visible = len(answer) - is_stopped - len(split.visible)
+        first_visible = max(len(ids) - is_stopped - len(split.visible) - num_prefilled, 0)
         return Completion(
             visible_ids=split.visible,
             visible_text=self._text(split.visible),
@@ -189,10 +187,12 @@ class HFEngine:
             discarded_texts=tuple(self._text(part) for part in split.discarded),
             num_resets=split.num_resets,
             finish_reason=reason,
-            ttft_s=times[max(first_visible - num_prefilled, 0)] if split.visible else None,
-            seconds=times[len(answer) - num_prefilled - 1],
-            num_generated=len(answer) - num_prefilled,
+            ttft_s=answer.times[first_visible] - answer.start if split.visible else None,
+            seconds=answer.times[-1] - answer.start,
+            num_generated=num_generated,
             num_discarded=sum(len(part) for part in split.discarded),
+            reset_margins=tuple(answer.margins),
+            closest_choice=answer.closest,
         )
 
     def _text(self, ids: Sequence[int]) -> str:

@@ -105,10 +105,14 @@ class Completion:
             ended; "length_after_reset" when it ended before anything followed the last [RESET]:
             the visible answer is empty then, what was taken back is not shown instead.
         ttft_s: Seconds until the first visible token was there, None if none ever was. Seconds are
-            counted from the start of the batch, of prompt and prefill included.
+            counted from when its prompt entered the batch; requests that share it count alike.
         seconds: Until the last token.
         num_generated: Tokens generated, whether visible, [RESET], discarded or end-of-turn.
         num_discarded: Tokens in `discarded`.
+        reset_margins: For each generated token, the logit of [RESET] less that of the best other
+            token, noise times temperature in both, without bias: a bias above minus this resets.
+        closest_choice: By how little its closest choice was made, in logits. Below about 1e-5 the
+            low bits of another batch may choose otherwise.
     """
 
     visible_ids: tuple[int, ...]
@@ -121,6 +125,8 @@ class Completion:
     seconds: float
     num_generated: int
     num_discarded: int
+    reset_margins: tuple[float, ...] = ()
+    closest_choice: float = math.inf
 
 
 class Engine(Protocol):

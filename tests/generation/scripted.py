@@ -1,4 +1,4 @@
-"""A model that says what its script says, with a cache it keeps itself."""
+"""A model that says what its script says, and runs itself."""
 
 from __future__ import annotations
 
@@ -10,18 +10,10 @@ from torch import nn
 TAKEN_ABACK = 0  # what it says off script
 
 
-class ScriptCache:
-    """The ids seen so far, where a real cache keeps their keys and values."""
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
-
-    def batch_select_indices(self, index: torch.Tensor) -> None:
-        self.ids = self.ids[index]
-
-
 class ScriptedModel(nn.Module):
     """Looks a row's text up in `script` and prefers, in this order, what stands there.
+
+    A `Runner` too: its slots keep texts where a cache keeps keys and values.
 
     Args:
         script: Text so far -> next tokens, the favourite first.
@@ -42,30 +34,28 @@ class ScriptedModel(nn.Module):
         self.config = SimpleNamespace(vocab_size=num_words, max_position_embeddings=max_length)
         self.generation_config = SimpleNamespace(eos_token_id=None)
         self.device = torch.device("cpu")
-        self.texts: list[list[tuple[int, ...]]] = []  # of each forward
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.read: list[tuple[int, ...]] = []  # texts that were prefilled
+        self.texts: list[list[tuple[int, ...]]] = []  # of each step
 
-    def forward(
-        self,
-        input_ids,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        use_cache=None,
-    ):
-        cache = past_key_values or ScriptCache(input_ids[:, :0])
-        cache.ids = torch.cat([cache.ids, input_ids], -1)
-        mask = torch.ones_like(cache.ids) if attention_mask is None else attention_mask
-        assert mask.shape == cache.ids.shape
-        assert (position_ids[:, -1] == mask.sum(-1) - 1).all()
-        texts = [
-            tuple(row[keep.bool()].tolist()) for row, keep in zip(cache.ids, mask, strict=True)
-        ]
-        self.texts.append(texts)
-        logits = torch.zeros(len(texts), 1, self.num_words)
-        for row, text in enumerate(texts):
-            for rank, token in enumerate(self.script.get(text, (TAKEN_ABACK,))):
-                logits[row, 0, token] = 10.0 - rank
-        return SimpleNamespace(logits=logits, past_key_values=cache)
+    def prefill(self, slots, texts):
+        for slot, text in zip(slots, texts, strict=True):
+            self.slots[slot] = tuple(text)
+            self.read.append(tuple(text))
+
+    def step(self, tokens, positions):
+        logits = torch.zeros(len(tokens), self.num_words)
+        for slot, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+            assert len(self.slots.get(slot, ())) >= position
+            self.slots[slot] = (*self.slots.get(slot, ())[:position], token)
+            for rank, choice in enumerate(self.script.get(self.slots[slot], (TAKEN_ABACK,))):
+                logits[slot, choice] = 10.0 - rank
+        self.texts.append([self.slots[slot] for slot in range(len(tokens))])
+        return logits
+
+    def copy(self, source, target, length):
+        assert len(self.slots[source]) >= length
+        self.slots[target] = self.slots[source][:length]
 
 
 def make_script(*dialogues):

@@ -29,7 +29,9 @@ def tokenizer_with_reset():
 
 def scripted(*dialogues, batch_size: int = 8, **options) -> tuple[HFEngine, ScriptedModel]:
     model = ScriptedModel(make_script(*dialogues), num_words=260, **options)
-    return HFEngine(model, tokenizer_with_reset(), batch_size=batch_size), model
+    engine = HFEngine(model, tokenizer_with_reset(), batch_size=batch_size)
+    engine._make_runner = lambda capacity, num_slots: model
+    return engine, model
 
 
 def answer_of(engine: HFEngine, prompt=(1,), prefill=(), **changes) -> Completion:
@@ -199,6 +201,7 @@ def test_engine_stops_at_the_models_own_end_but_not_at_a_word():
     _, model = scripted([(1,), (2, A, 257, B)])
     model.generation_config.eos_token_id = [2, 257]
     engine = HFEngine(model, tokenizer_with_reset(), batch_size=1)
+    engine._make_runner = lambda capacity, num_slots: model
     completion = answer_of(engine)
     assert (completion.visible_ids, completion.finish_reason) == ((2, A), "stop")
 
@@ -206,7 +209,7 @@ def test_engine_stops_at_the_models_own_end_but_not_at_a_word():
 def test_engine_restores_the_mode_after_an_error():
     engine, model = scripted([(1,), (A, E)])
     model.train()
-    model.forward = None
+    model.step = None
     with pytest.raises(TypeError):
         answer_of(engine)
     assert model.training

@@ -1,0 +1,206 @@
+"""Which row decodes in which slot: texts come in, rows branch, answers leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from backtrack.generation.strands import Row, answer_of, tabulate, texts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from backtrack.generation.strands import Answer, Choice, Strand, Voice, Voices
+    from backtrack.generation.types import Request
+
+
+class Board:
+    """All requests of one call: those that wait, the rows that decode, the answers that are done.
+
+    Rows stand in slots 0, 1, 2, ... without a hole. A branch for which no slot is free waits in the
+    slot of the row it left: that row only writes behind it, and once it has ended the slot is the
+    branch's. So any number of branches needs no more than one slot, and none is computed twice.
+
+    Args:
+        requests: To be decoded.
+        num_slots: Rows that decode together at most.
+        reset_id: Id of [RESET].
+        stop_ids: Ids that end an answer.
+        max_length: Tokens of a text and its answer at most.
+        device: Of the tensors.
+        clock: Gives the time, seconds.
+
+    Attributes:
+        rows: In the slots.
+        is_sampled: Whether any temperature is above 0.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_slots: int,
+        reset_id: int,
+        stop_ids: Collection[int],
+        max_length: float,
+        device: torch.device,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._num_slots, self._reset_id, self._stop_ids = num_slots, reset_id, stop_ids
+        self._device = device
+        self.rows: list[Row] = []
+        self._waiting: list[list[Row]] = []  # for each slot, branches whose past is in it
+        self._voices: Voices | None = None
+        self.is_sampled = any(request.sampling.temperature > 0 for request in requests)
+        texts = texts_of(requests, reset_id, max_length)
+        # The longest come first: what does not fit into memory shows at once, and texts that are
+        # read together are of about one length.
+        self._texts = sorted(texts.items(), key=lambda item: len(item[0]))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every request has its answer."""
+        return not (self.rows or self._texts)
+
+    def place_branches(self) -> list[tuple[int, int, int]]:
+        """Give free slots to branches that wait; return (source, target, length) of each copy."""
+        copies = []
+        for slot, waiting in enumerate(self._waiting):
+            while waiting and len(self.rows) < self._num_slots:
+                branch = waiting.pop()
+                copies.append((slot, len(self.rows), branch.position))
+                self.rows.append(branch)
+                self._waiting.append([])
+                self._voices = None
+        return copies
+
+    def admit(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Give free slots to texts that wait, where enough are free; return slots and texts."""
+        free = self._num_slots - len(self.rows)
+        # Reading a few texts at a time costs as much as reading one.
+        if not self._texts or (self.rows and free < max(1, self._num_slots // 8)):
+            return [], []
+        now = self._clock()
+        slots, texts = [], []
+        while self._texts and len(self.rows) < self._num_slots:
+            text, voices = self._texts.pop()
+            slots.append(len(self.rows))
+            texts.append(text)
+            self.rows.append(Row(text, voices, now))
+            self._waiting.append([])
+        self._voices = None
+        return slots, texts
+
+    def voices(self) -> Voices:
+        """Return the voices of all rows, row by row."""
+        if self._voices is None:
+            self._voices = tabulate(self.rows, self._device)
+        return self._voices
+
+    def record(self, choice: Choice) -> list[Answer]:
+        """Add what the voices chose; return the answers that have ended."""
+        chosen, now = _Chosen(choice), self._clock()
+        answers: list[Answer] = []
+        old = self._voices
+        is_changed = False
+        for slot, row in enumerate(self.rows):
+            branches: dict[int, list[Voice]] = {}
+            for voice in row.voices:
+                for token, part in chosen.next_of(voice, self._reset_id):
+                    branches.setdefault(token, []).append(part)
+            is_changed |= len(branches) > 1 or self._reset_id in branches
+            others = list(branches.items())[1:]
+            split = [
+                Row(row.text, voices, row.start, row.tokens.copy(), row.times.copy())
+                for _, voices in others
+            ]
+            row.voices = next(iter(branches.values()))
+            for branch, token in zip((row, *split), branches, strict=True):
+                branch.tokens.append(token)
+                branch.times.append(now)
+                is_changed |= self._end_strands(branch, answers)
+            self._waiting[slot] += [branch for branch in split if branch.voices]
+        self._hand_on()
+        assert old is not None
+        self._voices = None if is_changed else old._replace(steps=old.steps + 1)
+        return answers
+
+    def copies_of_the_last(self) -> list[tuple[int, int, int]]:
+        """Close the holes that ended rows left; return (source, target, length) of each copy."""
+        copies = []
+        slot = 0
+        while slot < len(self.rows):
+            if self.rows[slot].voices:
+                slot += 1
+                continue
+            row, waiting = self.rows.pop(), self._waiting.pop()
+            if slot < len(self.rows):
+                self.rows[slot], self._waiting[slot] = row, waiting
+                if row.voices:
+                    copies.append((len(self.rows), slot, row.position))
+        return copies
+
+    def _end_strands(self, row: Row, answers: list[Answer]) -> bool:
+        """Take the strands that have ended out of a row; return whether there are any."""
+        is_stop, length, found = row.tokens[-1] in self._stop_ids, len(row.tokens), False
+        for voice in row.voices:
+            ended = [s for s in voice.strands if is_stop or length >= s.limit]
+            if not ended:
+                continue
+            found = True
+            answers += [answer_of(row, voice, strand, self._reset_id) for strand in ended]
+            voice.strands = [s for s in voice.strands if not is_stop and length < s.limit]
+        if found:
+            row.voices = [voice for voice in row.voices if voice.strands]
+        return found
+
+    def _hand_on(self) -> None:
+        """Give the slots of ended rows to the longest branches that wait in them."""
+        for slot, row in enumerate(self.rows):
+            if not row.voices and self._waiting[slot]:
+                # The others' pasts are shorter, so that it overwrites nothing of theirs.
+                longest = max(self._waiting[slot], key=lambda branch: branch.position)
+                self._waiting[slot].remove(longest)
+                self.rows[slot] = longest
+
+
+class _Chosen:
+    """A choice on the host, read voice by voice, in their order."""
+
+    def __init__(self, choice: Choice) -> None:
+        numbers = torch.stack(
+            [choice.best, choice.gap, choice.reset_logit, choice.reset_noise]
+        ).cpu()
+        whole = torch.stack([choice.tokens, choice.is_reset.to(torch.int64)]).tolist()
+        self._tokens, self._is_reset = whole
+        self._best, _, self._logit, self._noise = numbers.numpy()
+        self._gaps = numbers[1].tolist()
+        self._margins = (numbers[2] + numbers[3] - numbers[0]).tolist()
+        self._next = 0
+
+    def next_of(self, voice: Voice, reset_id: int) -> Iterable[tuple[int, Voice]]:
+        """Return the tokens of the next voice and who takes them; adds to its margins and gaps."""
+        number, self._next = self._next, self._next + 1
+        voice.margins.append(self._margins[number])
+        voice.gaps.append(self._gaps[number])
+        token = self._tokens[number]
+        if not self._is_reset[number]:
+            return [(token, voice)]
+        best = self._best[number]
+        going_on: list[Strand] = []
+        resetting: list[Strand] = []
+        for strand in voice.strands:
+            # In float32 and in this order, as `choose` adds.
+            biased = self._logit[number] + np.float32(strand.reset_bias) + self._noise[number]
+            wins = biased > best or (biased == best and token > reset_id)
+            (resetting if wins and strand.resets_left > 0 else going_on).append(strand)
+        for strand in resetting:
+            strand.resets_left -= 1
+        if not going_on:
+            return [(reset_id, voice)]
+        branch = voice.part(resetting)
+        voice.strands = going_on
+        return [(token, voice), (reset_id, branch)]

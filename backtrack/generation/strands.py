@@ -1,0 +1,273 @@
+"""Which requests decode together, and where they part: rows that are shared as long as texts agree.
+
+A *strand* is one request that is being decoded. Strands whose text so far is the same share a
+*row*, so that several samples of a prompt share its prefill, and several biases of [RESET] share
+everything before the first reset of the most eager one. A row branches where its strands choose
+different tokens. Each strand is decoded exactly as it would be alone.
+
+Strands of a row with the same noise and temperature are a *voice*: they choose alike but for
+[RESET], so the work over the vocabulary is done once a voice.
+
+Shapes: B rows, U voices, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from backtrack.generation.reset import keyed_gumbel, noise_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from backtrack.generation.types import Request
+
+
+@dataclass(slots=True)
+class Strand:
+    """One request.
+
+    Attributes:
+        index: Of the request.
+        reset_bias: In nats.
+        resets_left: [RESET] is banned at 0.
+        limit: Generated tokens at most.
+    """
+
+    index: int
+    reset_bias: float
+    resets_left: int
+    limit: int
+
+
+@dataclass(slots=True)
+class Voice:
+    """Strands that share text, noise and temperature.
+
+    Attributes:
+        strands: At least one.
+        key: Of the noise.
+        temperature: 0 is greedy.
+        num_prefilled: Tokens of the answer that were given; noise counts them.
+        margins: For each generated token, what [RESET] had (its noise included, its bias not) less
+            what the best other token had, in logits.
+        gaps: For each generated token, what the best token but [RESET] had over the second best.
+    """
+
+    strands: list[Strand]
+    key: int
+    temperature: float
+    num_prefilled: int
+    margins: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def top_bias(self) -> float:
+        """The largest bias of a strand that may still reset; -inf where none may."""
+        return max((s.reset_bias for s in self.strands if s.resets_left > 0), default=-np.inf)
+
+    def part(self, strands: list[Strand]) -> Voice:
+        """Return a voice of some of the strands, with the same past."""
+        return Voice(
+            strands,
+            self.key,
+            self.temperature,
+            self.num_prefilled,
+            self.margins.copy(),
+            self.gaps.copy(),
+        )
+
+
+@dataclass(slots=True)
+class Row:
+    """A text that decodes.
+
+    Attributes:
+        text: What was given: prompt and prefill.
+        voices: At least one.
+        start: When the text came in, seconds.
+        tokens: Generated so far; the last one is not in the cache yet.
+        times: When each of them was there, seconds.
+    """
+
+    text: tuple[int, ...]
+    voices: list[Voice]
+    start: float
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache: the place of the one that is read next."""
+        return len(self.text) + len(self.tokens) - 1
+
+    @property
+    def next_token(self) -> int:
+        """The token that is read next."""
+        return self.tokens[-1] if self.tokens else self.text[-1]
+
+
+class Answer(NamedTuple):
+    """A strand that has ended.
+
+    Attributes:
+        request: Its index.
+        tokens: Generated.
+        times: See `Row`.
+        start: See `Row`.
+        margins: See `Voice`.
+        closest: By how little the closest of its choices was made, in logits.
+    """
+
+    request: int
+    tokens: list[int]
+    times: list[float]
+    start: float
+    margins: list[float]
+    closest: float
+
+
+class Choice(NamedTuple):
+    """What voices choose next; all (U,).
+
+    Attributes:
+        tokens: The best token but [RESET]; the lowest id among equals.
+        best: Its logit and noise, float32.
+        gap: What it has over the second best.
+        reset_logit: Of [RESET], without bias.
+        reset_noise: Temperature times its noise.
+        is_reset: Whether [RESET] wins at the largest bias of the voice.
+    """
+
+    tokens: Tensor
+    best: Tensor
+    gap: Tensor
+    reset_logit: Tensor
+    reset_noise: Tensor
+    is_reset: Tensor
+
+
+class Voices(NamedTuple):
+    """Voices as tensors; all (U,).
+
+    Attributes:
+        rows: int64, the row of each.
+        keys: int64.
+        steps: int64, position of the next token in its answer; prefilled ones count.
+        temperature: float32.
+        top_bias: float32.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    steps: Tensor
+    temperature: Tensor
+    top_bias: Tensor
+
+
+def choose(logits: Tensor, voices: Voices, *, reset_id: int, is_sampled: bool) -> Choice:
+    """Return the choice of each voice: the largest of logit + bias + temperature x noise.
+
+    The Gumbel-max trick, argmax(logits / T + noise), multiplied by T: temperature 0 is greedy
+    decoding without a special case, and margins are in units of logits.
+
+    Args:
+        logits: (B, V) float32.
+        voices: Of the rows.
+        reset_id: Column of [RESET].
+        is_sampled: Whether any temperature is above 0.
+
+    Source: Zhang et al. 2025 (arXiv 2409.14586), figures 3 and 5 (bias on [RESET]).
+    """
+    scores = logits[voices.rows]
+    reset_logit = scores[:, reset_id].clone()
+    reset_noise = torch.zeros_like(reset_logit)
+    if is_sampled:
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        noise = voices.temperature[:, None] * keyed_gumbel(voices.keys, voices.steps, vocabulary)
+        scores += noise
+        reset_noise = noise[:, reset_id]
+    scores[:, reset_id] = -torch.inf
+    tokens = scores.argmax(-1)  # the lowest id among equals, which topk does not promise
+    top = scores.topk(2, dim=-1).values
+    best = top[:, 0]
+    biased = reset_logit + voices.top_bias + reset_noise
+    return Choice(
+        tokens=tokens,
+        best=best,
+        gap=best - top[:, 1],
+        reset_logit=reset_logit,
+        reset_noise=reset_noise,
+        is_reset=(biased > best) | ((biased == best) & (tokens > reset_id)),
+    )
+
+
+def texts_of(
+    requests: Sequence[Request], reset_id: int, max_length: float
+) -> dict[tuple[int, ...], list[Voice]]:
+    """Return the voices that begin with each text."""
+    voices: dict[tuple[int, ...], dict[tuple[int, float, int], Voice]] = {}
+    for index, request in enumerate(requests):
+        sampling, num_prefilled = request.sampling, len(request.prefill_ids)
+        text = (*request.prompt_ids, *request.prefill_ids)
+        key = noise_key(sampling.seed, request.request_id, request.sample)
+        # Greedy requests of one text are one voice whatever their noise would have been.
+        name = (key if sampling.temperature else 0, sampling.temperature, num_prefilled)
+        num_resets = list(request.prefill_ids).count(reset_id)
+        strand = Strand(
+            index,
+            sampling.reset_bias,
+            sampling.max_resets - num_resets,
+            int(min(sampling.max_new_tokens, max_length - len(text))),
+        )
+        voice = Voice([], key, sampling.temperature, num_prefilled)
+        voices.setdefault(text, {}).setdefault(name, voice).strands.append(strand)
+    return {text: list(of_text.values()) for text, of_text in voices.items()}
+
+
+def tabulate(rows: Sequence[Row], device: torch.device) -> Voices:
+    """Return the voices of `rows` as tensors."""
+    table = [
+        (
+            number,
+            voice.key,
+            voice.num_prefilled + len(row.tokens),
+            voice.temperature,
+            voice.top_bias,
+        )
+        for number, row in enumerate(rows)
+        for voice in row.voices
+    ]
+    numbers, keys, steps, temperatures, biases = zip(*table, strict=True)
+    return Voices(
+        rows=torch.tensor(numbers, device=device),
+        keys=torch.tensor(keys, device=device),
+        steps=torch.tensor(steps, device=device),
+        temperature=torch.tensor(temperatures, dtype=torch.float32, device=device),
+        top_bias=torch.tensor(biases, dtype=torch.float32, device=device),
+    )
+
+
+def answer_of(row: Row, voice: Voice, strand: Strand, reset_id: int) -> Answer:
+    """Return a strand that ends with the last token of its row."""
+    closest, left = np.inf, strand.resets_left + row.tokens.count(reset_id)
+    for token, margin, gap in zip(row.tokens, voice.margins, voice.gaps, strict=True):
+        lead = margin + strand.reset_bias
+        if token == reset_id:
+            closest, left = min(closest, lead), left - 1
+        else:
+            closest = min(closest, gap, -lead if left > 0 else np.inf)
+    return Answer(
+        strand.index,
+        row.tokens.copy(),  # the row may go on with other strands
+        row.times.copy(),
+        row.start,
+        voice.margins.copy(),
+        float(max(closest, 0.0)),
+    )
