@@ -95,20 +95,20 @@ def tree_attention_mask(config: PreTrainedConfig, allowed: Tensor, depth: Tensor
 
 
 def cache_mask(config: PreTrainedConfig, positions: Tensor, width: int) -> Mask:
-    """Return the `attention_mask` of one new token a row over a cache whose columns are positions.
+    """Return the `attention_mask` of new tokens over a cache whose columns are positions.
 
     Args:
         config: Of the loaded model.
-        positions: (B,) int64, of the new tokens; what stands in later columns is not seen.
+        positions: (B, T) int64, of the new tokens; what stands in later columns is not seen.
         width: Columns of the cache.
 
     Returns:
-        As `tree_attention_mask`, (B, 1, 1, width).
+        As `tree_attention_mask`, (B, 1, T, width).
 
     Raises:
         ValueError: As `tree_attention_mask`.
     """
-    back = positions[:, None, None] - torch.arange(width, device=positions.device)
+    back = positions[:, :, None] - torch.arange(width, device=positions.device)
     return _by_layer_type(config, back >= 0, back)
 
 

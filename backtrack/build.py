@@ -15,6 +15,7 @@ from backtrack import runs
 from backtrack.adapters import add_lora
 from backtrack.backbone import check_architecture
 from backtrack.checks import method_of
+from backtrack.compiled import compile_layers
 from backtrack.data.examples import Recipe
 from backtrack.data.load import load_data, make_source, write_report
 from backtrack.data.mixture import mix_schedule
@@ -144,6 +145,8 @@ def make_module(cfg: DictConfig, model: Any, *, num_steps: int, reset_id: int) -
         use_tree_attention(model, on_gpu=trains_on_gpu(cfg))
     if cfg.model.lora:
         model = add_lora(model, **cfg.model.lora, reset_token_id=reset_id)
+    if cfg.trainer.compile_layers:
+        compile_layers(model, has_fixed_shapes=trains_on_gpu(cfg) and cfg.data.layout == "forest")
     model.train()
     optimizer = OptimizerSettings(**{**cfg.optimizer, "betas": tuple(cfg.optimizer.betas)})
     shared = {

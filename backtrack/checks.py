@@ -104,6 +104,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "trainer.accumulate_grad_batches": (_positive_int, "a whole number from 1"),
     "trainer.gradient_clip_val": (_optional(_positive), "a number above 0, or null"),
+    "trainer.compile_layers": (_flag, "true or false"),
     "trainer.devices": (
         lambda v: v == "auto" or _positive_int(v),
         "a whole number from 1, or auto",

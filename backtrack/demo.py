@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
     seconds: dict[str, float]
 
 
-_COUNTS = ("num_samples", "samples_per_suite", "max_new_tokens", "batch_size")
+_COUNTS = ("num_samples", "samples_per_suite", "max_new_tokens", "batch_size", "num_timed")
 _OPTIONAL_COUNTS = ("limit_cases", "max_steps")
 
 
@@ -167,7 +167,12 @@ def measure_model(
     tester = Tester(world, engine, tokenizer, max_new_tokens=cfg.max_new_tokens, seed=seed)
     bias, development = 0.0, []
     if name.startswith("backtrack"):
-        development = sweep(tester, _swept(_suites(world, "dev", cfg)), cfg.biases)
+        development = sweep(
+            tester,
+            _swept(_suites(world, "dev", cfg)),
+            cfg.biases,
+            num_timed=cfg.num_timed,
+        )
         bias = choose_bias(development, max_benign_resets=cfg.max_benign_resets)
     suites = _suites(world, "test", cfg)
     cases = [case for suite in suites.values() for case in suite]
@@ -177,7 +182,7 @@ def measure_model(
         banned = rates(tester.ask(cases, reset_bias=0.0, max_resets=0), world)
         figures["frontier"] = [
             {key: value for key, value in row.items() if key != "cells"}
-            for row in sweep(tester, _swept(suites), cfg.biases)
+            for row in sweep(tester, _swept(suites), cfg.biases, num_timed=cfg.num_timed)
         ]
         figures["development"] = [
             {key: value for key, value in row.items() if key != "cells"} for row in development

@@ -97,7 +97,9 @@ def use_tree_attention(model: PreTrainedModel | PeftModel, *, on_gpu: bool) -> N
             model.config.model_type,
         )
         return
-    AttentionInterface.register(NAME, _attention)
+    # Python over blocks of changing sizes: nothing for torch.compile to look into.
+    attention = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     for module in model.modules():
         config: Any = getattr(module, "config", None)

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, and how near it comes to what it has to compute.
 
     python benchmarks/step_profile.py --objective dpo|sft --triples FILE.jsonl [--limit 16]
-        [--size small|tiny]
+        [--size small|tiny] [--set trainer.compile_layers=true]
 
 Trains three times over the first triples of FILE (`make_triples.py`): once to warm up, once against
 the clock, once under torch's profiler, whose shares of time are printed by group.
@@ -191,7 +191,9 @@ def shares(events: Iterable[Any], vocabulary: int, seconds: float) -> dict[str, 
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def measure(triples: list[Triple], objective: str, size: str) -> dict[str, Any]:
+def measure(
+    triples: list[Triple], objective: str, size: str, overrides: list[str]
+) -> dict[str, Any]:
     """Return the result; `triples` fill whole steps."""
     model = make_model(**SIZES[size])
     num_steps = len(triples) // SETTINGS["triples_per_step"]
@@ -201,7 +203,7 @@ def measure(triples: list[Triple], objective: str, size: str) -> dict[str, Any]:
     rounds = triples * 3
     log, profiled = StepLog(), Profile(2 * num_steps)
     with given_cuts(rounds):
-        job = prepare(model, rounds, objective)
+        job = prepare(model, rounds, objective, overrides)
         job.trainer.callbacks += [log, profiled]
         job.module.training_step = scoped(job.module.training_step, FORWARD)
         job.module.backward = scoped(job.module.backward, BACKWARD)
@@ -235,12 +237,13 @@ def main() -> None:
     parser.add_argument("--triples", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=16, help="a multiple of a step's triples")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the model")
+    parser.add_argument("--set", nargs="*", default=[], help="of the configuration: key=value")
     args = parser.parse_args()
     triples = read_triples(args.triples, args.limit)
     if not triples or len(triples) % SETTINGS["triples_per_step"]:
         parser.error(f"--limit: {len(triples)} triples; steps take {SETTINGS['triples_per_step']}")
     quiet()
-    result = measure(triples, args.objective, args.size)
+    result = measure(triples, args.objective, args.size, args.set)
     for name, share in result["shares"].items():
         print(f"{100 * share:6.1f} %  {name}")
     print(

@@ -8,6 +8,7 @@ import torch
 
 from backtrack.data.batching import deal, step_weight
 from backtrack.data.examples import make_tree
+from backtrack.compiled import compile_layers
 from tests.modules.builders import RECIPE, batch_of, dpo_module, sft_module, some_examples
 from tests.modules.test_dpo import table_of
 from tests.tiny import tiny_model
@@ -105,9 +106,10 @@ GOLDEN = {
 }
 
 
-def losses(method):
+def losses(method, prepare=lambda model: None):
     examples, model = some_examples(), tiny_model("llama")
     module = sft_module(model) if method.startswith("sft") else dpo_module(model)
+    prepare(model)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.02)  # AdamW would amplify rounding
     found = []
     for step in range(NUM_STEPS):
@@ -131,3 +133,19 @@ def losses(method):
 def test_losses_of_twenty_steps_are_those_written_down(method):
     found = losses(method)
     assert found == pytest.approx(GOLDEN[method], rel=2e-4), [round(x, 5) for x in found]
+
+
+@pytest.mark.slow  # half a minute of compiling
+@pytest.mark.parametrize("method", ["sft_backtrack", "dpo_backtrack"])
+def test_losses_with_compiled_layers_are_those_written_down(method):
+    torch.compiler.reset()
+    found = losses(method, lambda model: compile_layers(model, has_fixed_shapes=False))
+    assert found == pytest.approx(GOLDEN[method], rel=2e-4)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_compile_layers_refuses_what_has_no_known_layers():
+    model = tiny_model("llama")
+    model._no_split_modules = []
+    with pytest.raises(ValueError, match="trainer.compile_layers: the layers of llama"):
+        compile_layers(model, has_fixed_shapes=False)

@@ -68,7 +68,7 @@ def pack(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     return rows
 
 
-def spread(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+def balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
     """Return item numbers in `num_bins` bins of about equal load: largest first, into the emptiest.
 
     Loads differ by at most one item, where no bin is empty.
@@ -95,10 +95,10 @@ def deal(trees: Sequence[Tree], *, max_tokens: int, num_shares: int) -> list[lis
     """
     sizes = [tree.num_tokens for tree in trees]
     shares = []
-    for share in spread(sizes, num_shares):
+    for share in balance(sizes, num_shares):
         own = [sizes[item] for item in share]
         rows = pack(own, max_tokens)
-        even = spread(own, len(rows))
+        even = balance(own, len(rows))
         if all(sum(own[i] for i in row) <= max_tokens for row in even):
             rows = even
         shares.append([[trees[share[i]] for i in row] for row in rows] or [[]])

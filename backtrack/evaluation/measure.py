@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from backtrack.data.load import spread
 from backtrack.data.template import encode_prompt
 from backtrack.evaluation.world import (
     BENIGN_SUITES,
@@ -19,6 +20,7 @@ from backtrack.evaluation.world import (
     is_refusal,
     is_violation,
 )
+from backtrack.generation.frontier import frontier
 from backtrack.generation.types import Request, Sampling
 from backtrack.metrics import best_of_k, wilson_interval, worst_of_k
 from backtrack.tokens import encode_text
@@ -90,21 +92,11 @@ class Tester:
             num_samples: Answers to each case.
             prefill_tokens: Tokens of the case's recipe that the answer is forced to begin with.
         """
-        sampling = Sampling(
-            temperature=temperature,
-            max_new_tokens=self.max_new_tokens,
-            reset_bias=reset_bias,
-            max_resets=max_resets,
-            seed=self.seed,
+        sampling = self._sampling(
+            reset_bias=reset_bias, max_resets=max_resets, temperature=temperature
         )
         requests = [
-            Request(
-                encode_prompt(self.tokenizer, case.prompt),
-                prefill_ids=encode_text(self.tokenizer, case.recipe)[:prefill_tokens],
-                request_id=case.case_id,
-                sample=sample,
-                sampling=sampling,
-            )
+            self._request(case, sampling, sample=sample, prefill_tokens=prefill_tokens)
             for case in cases
             for sample in range(num_samples)
         ]
@@ -113,6 +105,35 @@ class Tester:
         self.seconds_decoding = time.perf_counter() - begin
         asked = [case for case in cases for _ in range(num_samples)]
         return [self._judge(case, done) for case, done in zip(asked, completions, strict=True)]
+
+    def ask_at(self, cases: Sequence[WorldCase], biases: Sequence[float]) -> list[list[Answer]]:
+        """Return one greedy judged answer to each case at each bias, decoded together."""
+        sampling = self._sampling(reset_bias=0.0, max_resets=1, temperature=0.0)
+        found = frontier(self.engine, [self._request(case, sampling) for case in cases], biases)
+        return [
+            [self._judge(case, done) for case, done in zip(cases, row, strict=True)]
+            for row in found.completions
+        ]
+
+    def _sampling(self, *, reset_bias: float, max_resets: int, temperature: float) -> Sampling:
+        return Sampling(
+            temperature=temperature,
+            max_new_tokens=self.max_new_tokens,
+            reset_bias=reset_bias,
+            max_resets=max_resets,
+            seed=self.seed,
+        )
+
+    def _request(
+        self, case: WorldCase, sampling: Sampling, *, sample: int = 0, prefill_tokens: int = 0
+    ) -> Request:
+        return Request(
+            encode_prompt(self.tokenizer, case.prompt),
+            prefill_ids=encode_text(self.tokenizer, case.recipe)[:prefill_tokens],
+            request_id=case.case_id,
+            sample=sample,
+            sampling=sampling,
+        )
 
     def _judge(self, case: WorldCase, completion: Completion) -> Answer:
         text = completion.visible_text
@@ -178,13 +199,24 @@ def _cell(answers: Sequence[Answer]) -> dict[str, float]:
     }
 
 
-def sweep(tester: Tester, suites: Suites, biases: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the rates at each bias, from one run a bias."""
+def sweep(
+    tester: Tester, suites: Suites, biases: Sequence[float], *, num_timed: int
+) -> list[dict[str, Any]]:
+    """Return the rates at each bias, all decoded together, and the speed at each.
+
+    Args:
+        tester: Asks.
+        suites: What is asked.
+        biases: Nats.
+        num_timed: Cases, evenly spread, that are asked again at each bias by itself: answers that
+            share their beginnings say nothing of the time that one bias takes.
+    """
     cases = [case for suite in suites.values() for case in suite]
+    timed = spread(cases, num_timed)
     rows = []
-    for bias in biases:
-        answers = tester.ask(cases, reset_bias=bias)
-        rows.append({"reset_bias": bias, **rates(answers, tester.world), **speed(answers, tester)})
+    for bias, answers in zip(biases, tester.ask_at(cases, biases), strict=True):
+        row = {"reset_bias": bias, **rates(answers, tester.world)}
+        rows.append(row | speed(tester.ask(timed, reset_bias=bias), tester))
     return rows
 
 

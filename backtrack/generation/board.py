@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from backtrack.generation.strands import Row, answer_of, tabulate, texts_of
+from backtrack.generation.strands import Row, Voices, answer_of, tabulate, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    from backtrack.generation.strands import Answer, Choice, Strand, Voice, Voices
+    from backtrack.generation.strands import Answer, Choice, Strand, Voice
     from backtrack.generation.types import Request
+
+
+FIRST_DRAFTS = 32
+"""Drafts that are tried before their hits decide whether more are."""
 
 
 class Board:
@@ -54,6 +58,7 @@ class Board:
         self.rows: list[Row] = []
         self._waiting: list[list[Row]] = []  # for each slot, branches whose past is in it
         self._voices: Voices | None = None
+        self._num_drafts = self._num_hits = 0
         self.is_sampled = any(request.sampling.temperature > 0 for request in requests)
         texts = texts_of(requests, reset_id, max_length)
         # The longest come first: what does not fit into memory shows at once, and texts that are
@@ -66,16 +71,26 @@ class Board:
         return not (self.rows or self._texts)
 
     def place_branches(self) -> list[tuple[int, int, int]]:
-        """Give free slots to branches that wait; return (source, target, length) of each copy."""
+        """Give free slots to branches that wait; return (source, target, length) of each copy.
+
+        A branch that begins with [RESET] goes on waiting for its slot while drafts pay: what the
+        row there says is its draft, which costs less than a slot of its own.
+        """
         copies = []
         for slot, waiting in enumerate(self._waiting):
-            while waiting and len(self.rows) < self._num_slots:
-                branch = waiting.pop()
+            ready = [b for b in waiting if not (self._drafts_pay and self._was_reset(b))]
+            for branch in ready[: self._num_slots - len(self.rows)]:
+                waiting.remove(branch)
                 copies.append((slot, len(self.rows), branch.position))
                 self.rows.append(branch)
                 self._waiting.append([])
                 self._voices = None
         return copies
+
+    def drafted(self) -> list[int]:
+        """Return the slots of rows whose drafts are to be read now: none until there are some."""
+        slots = [slot for slot, row in enumerate(self.rows) if row.draft]
+        return slots if 8 * len(slots) >= min(self._num_slots, len(self.rows)) else []
 
     def admit(self) -> tuple[list[int], list[tuple[int, ...]]]:
         """Give free slots to texts that wait, where enough are free; return slots and texts."""
@@ -100,33 +115,78 @@ class Board:
             self._voices = tabulate(self.rows, self._device)
         return self._voices
 
+    def voices_of(self, slots: Sequence[int], num_places: int) -> Voices:
+        """Return the voices of the rows in `slots` at each of the next places: row, place, voice.
+
+        Rows count through the places: entry [i, j] of (rows, places) is row i * num_places + j.
+        """
+        voices = tabulate([self.rows[slot] for slot in slots], self._device)
+        places = torch.arange(num_places, device=self._device)
+        spread = Voices(*(column[:, None].expand(-1, num_places) for column in voices))
+        spread = spread._replace(
+            rows=spread.rows * num_places + places, steps=spread.steps + places
+        )
+        return Voices(*(column.flatten() for column in spread))
+
     def record(self, choice: Choice) -> list[Answer]:
         """Add what the voices chose; return the answers that have ended."""
-        chosen, now = _Chosen(choice), self._clock()
+        chosen, old = _Chosen(choice, self._clock()), self._voices
         answers: list[Answer] = []
-        old = self._voices
-        is_changed = False
+        is_changed, number = False, 0
         for slot, row in enumerate(self.rows):
-            branches: dict[int, list[Voice]] = {}
-            for voice in row.voices:
-                for token, part in chosen.next_of(voice, self._reset_id):
-                    branches.setdefault(token, []).append(part)
-            is_changed |= len(branches) > 1 or self._reset_id in branches
-            others = list(branches.items())[1:]
-            split = [
-                Row(row.text, voices, row.start, row.tokens.copy(), row.times.copy())
-                for _, voices in others
-            ]
-            row.voices = next(iter(branches.values()))
-            for branch, token in zip((row, *split), branches, strict=True):
-                branch.tokens.append(token)
-                branch.times.append(now)
-                is_changed |= self._end_strands(branch, answers)
-            self._waiting[slot] += [branch for branch in split if branch.voices]
+            numbers = range(number, number + len(row.voices))
+            number += len(row.voices)
+            is_changed |= self._advance(slot, numbers, chosen, answers)
         self._hand_on()
-        assert old is not None
-        self._voices = None if is_changed else old._replace(steps=old.steps + 1)
+        self._voices = None
+        if not is_changed and old is not None:
+            self._voices = old._replace(steps=old.steps + 1)
         return answers
+
+    def record_drafts(self, slots: Sequence[int], choice: Choice, num_places: int) -> list[Answer]:
+        """Add what the voices of `voices_of` chose, as far as each row's draft came true.
+
+        The choice at each place is the one that a step would make there: a draft saves forwards
+        and changes no answer.
+        """
+        chosen, number = _Chosen(choice, self._clock()), 0
+        answers: list[Answer] = []
+        for slot in slots:
+            row = self.rows[slot]
+            first = {id(voice): number + i * num_places for i, voice in enumerate(row.voices)}
+            number += len(row.voices) * num_places
+            for place in range(num_places):
+                has_next = bool(row.draft)
+                numbers = [first[id(voice)] + place for voice in row.voices]
+                self._advance(slot, numbers, chosen, answers)
+                # An emptied draft has ended; one that is left came true so far.
+                if not (has_next and row.was_hit and row.voices):
+                    break
+        self._hand_on()
+        self._voices = None
+        return answers
+
+    def _advance(
+        self, slot: int, numbers: Sequence[int], chosen: _Chosen, answers: list[Answer]
+    ) -> bool:
+        """Add the next token of a row, which may branch; return whether its voices changed."""
+        row = self.rows[slot]
+        branches: dict[int, list[Voice]] = {}
+        for voice, number in zip(row.voices, numbers, strict=True):
+            for token, part in chosen.next_of(number, voice, self._reset_id):
+                branches.setdefault(token, []).append(part)
+        is_changed = len(branches) > 1 or self._reset_id in branches
+        split = [
+            Row(row.text, voices, row.start, row.tokens.copy(), row.times.copy())
+            for _, voices in list(branches.items())[1:]
+        ]
+        row.voices = next(iter(branches.values()))
+        for branch, token in zip((row, *split), branches, strict=True):
+            branch.add(token, chosen.now)
+            self._num_hits += branch.was_hit
+            is_changed |= self._end_strands(branch, answers)
+        self._waiting[slot] += [branch for branch in split if branch.voices]
+        return is_changed
 
     def copies_of_the_last(self) -> list[tuple[int, int, int]]:
         """Close the holes that ended rows left; return (source, target, length) of each copy."""
@@ -165,12 +225,30 @@ class Board:
                 longest = max(self._waiting[slot], key=lambda branch: branch.position)
                 self._waiting[slot].remove(longest)
                 self.rows[slot] = longest
+                if self._drafts_pay and self._was_reset(longest):
+                    self._num_drafts += 1
+                    longest.draft = self._draft(longest, row.tokens)
+
+    def _was_reset(self, branch: Row) -> bool:
+        return branch.tokens[-1] == self._reset_id
+
+    @property
+    def _drafts_pay(self) -> bool:
+        """Whether drafts come true often enough to be worth a forward of several tokens each."""
+        return self._num_drafts < FIRST_DRAFTS or self._num_hits >= 2 * self._num_drafts
+
+    def _draft(self, branch: Row, tokens: list[int]) -> list[int]:
+        """Return what a branch may say after its [RESET]: what the row before it said last."""
+        resets = [i for i, token in enumerate(tokens) if token == self._reset_id]
+        most = max(s.limit for voice in branch.voices for s in voice.strands)
+        return tokens[resets[-1] + 1 if resets else 0 :][: most - len(branch.tokens) - 1]
 
 
 class _Chosen:
-    """A choice on the host, read voice by voice, in their order."""
+    """A choice on the host, and the time at which it was made."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, now: float) -> None:
+        self.now = now
         numbers = torch.stack(
             [choice.best, choice.gap, choice.reset_logit, choice.reset_noise]
         ).cpu()
@@ -179,11 +257,9 @@ class _Chosen:
         self._best, _, self._logit, self._noise = numbers.numpy()
         self._gaps = numbers[1].tolist()
         self._margins = (numbers[2] + numbers[3] - numbers[0]).tolist()
-        self._next = 0
 
-    def next_of(self, voice: Voice, reset_id: int) -> Iterable[tuple[int, Voice]]:
-        """Return the tokens of the next voice and who takes them; adds to its margins and gaps."""
-        number, self._next = self._next, self._next + 1
+    def next_of(self, number: int, voice: Voice, reset_id: int) -> list[tuple[int, Voice]]:
+        """Return the tokens of entry `number`, `voice`, and who takes them; notes its margin."""
         voice.margins.append(self._margins[number])
         voice.gaps.append(self._gaps[number])
         token = self._tokens[number]
@@ -199,8 +275,8 @@ class _Chosen:
             (resetting if wins and strand.resets_left > 0 else going_on).append(strand)
         for strand in resetting:
             strand.resets_left -= 1
-        if not going_on:
-            return [(reset_id, voice)]
+        if not resetting or not going_on:
+            return [(reset_id if resetting else token, voice)]
         branch = voice.part(resetting)
         voice.strands = going_on
         return [(token, voice), (reset_id, branch)]

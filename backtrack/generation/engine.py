@@ -25,14 +25,18 @@ from backtrack.generation.runner import (
     attending_by_sdpa,
     takes_slots,
 )
-from backtrack.generation.strands import Answer, choose
+from backtrack.generation.strands import Answer, Choice, Voices, choose
 from backtrack.generation.types import Completion, Engine, FinishReason, Request, Sampling
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DRAFT_TOKENS = 16
+"""Tokens of a draft that are read at a time: more would be wasted where it goes wrong early."""
 
 __all__ = ["Completion", "Engine", "FinishReason", "HFEngine", "Request", "Sampling"]
 
@@ -110,12 +114,25 @@ class HFEngine:
         completions: dict[int, Completion] = {}
         # Not inference_mode: rotary embeddings that adapt to the length would keep its tensors, and
         # a model that a callback decodes with goes on training.
-        with _evaluating(self._model), attending_by_sdpa(self._model), torch.no_grad():
+        with self._decoding():
             runner = self._make_runner(capacity, min(self._batch_size, len(requests)))
             while not board.is_finished:
                 for answer in self._step(board, runner):
                     completions[answer.request] = self._complete(requests[answer.request], answer)
         return [completions[index] for index in range(len(requests))]
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Make the model ready to decode, and leave it as it was."""
+        # Layers that training compiled would be compiled again for the shapes of decoding.
+        stance = "default" if self._forward else "force_eager"
+        with (
+            _evaluating(self._model),
+            attending_by_sdpa(self._model),
+            torch.compiler.set_stance(stance),
+            torch.no_grad(),
+        ):
+            yield
 
     def _make_runner(self, capacity: int, num_slots: int) -> Runner:
         """Return what runs the model; slots if it takes them."""
@@ -138,19 +155,40 @@ class HFEngine:
         slots, texts = board.admit()
         # The last token of a text is read with the step, which gives what follows it.
         runner.prefill(slots, [text[:-1] for text in texts])
+        answers = self._read_drafts(board, runner)
+        for copied in board.copies_of_the_last():
+            runner.copy(*copied)
+        if not board.rows:
+            return answers
         logits = runner.step(
             [row.next_token for row in board.rows], [row.position for row in board.rows]
         )
-        choice = choose(
-            logits[:, : self._num_tokens],
-            board.voices(),
-            reset_id=self._reset_id,
-            is_sampled=board.is_sampled,
-        )
-        answers = board.record(choice)
+        answers += board.record(self._choose(logits, board.voices(), board))
         for copied in board.copies_of_the_last():
             runner.copy(*copied)
         return answers
+
+    def _choose(self, logits: Tensor, voices: Voices, board: Board) -> Choice:
+        """Return what voices choose; rows that pad the vocabulary are left out."""
+        return choose(
+            logits[:, : self._num_tokens],
+            voices,
+            reset_id=self._reset_id,
+            is_sampled=board.is_sampled,
+        )
+
+    def _read_drafts(self, board: Board, runner: Runner) -> list[Answer]:
+        """Go on with rows that have a draft, as far as it comes true and one token farther."""
+        slots = board.drafted()
+        if not slots:
+            return []
+        rows = [board.rows[slot] for slot in slots]
+        runs = [[row.next_token, *row.draft[:DRAFT_TOKENS]] for row in rows]
+        logits = runner.extend(slots, runs, [row.position for row in rows])
+        num_places = logits.shape[1]
+        voices = board.voices_of(slots, num_places)
+        choice = self._choose(logits.flatten(0, 1), voices, board)
+        return board.record_drafts(slots, choice, num_places)
 
     def _checked_length(self, request: Request) -> int:
         """Return the tokens that a request brings along, or raise where it cannot be decoded."""

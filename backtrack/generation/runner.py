@@ -43,6 +43,15 @@ class Runner(Protocol):
         """Read token i at `positions[i]` of slot i; return (B, V) fp32 logits of what follows."""
         ...
 
+    def extend(
+        self, slots: Sequence[int], runs: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> Tensor:
+        """Read run i from `positions[i]` of `slots[i]` on; return (n, T, V) fp32 logits.
+
+        Entry [i, j] is what follows token j of run i; T is the longest run's length.
+        """
+        ...
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` tokens of a slot those of another one."""
         ...
@@ -56,8 +65,9 @@ class Turn:
         num_slots: S.
         capacity: Columns of every slot.
         slots: (B,) int64, where the rows of the forward are.
-        positions: (B,) int64, columns of the new tokens; None while texts are read from column 0.
+        positions: (B, T) int64, columns of the new tokens; None while texts are read from column 0.
         width: Columns that the forward sees.
+        is_all: Whether `slots` are the first ones, so that nothing has to be gathered.
     """
 
     num_slots: int
@@ -65,6 +75,7 @@ class Turn:
     slots: Tensor
     positions: Tensor | None = None
     width: int = 0
+    is_all: bool = True
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -100,10 +111,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.keys[turn.slots, :, :num_tokens] = key_states
             self.values[turn.slots, :, :num_tokens] = value_states
             return key_states, value_states
-        self.keys[turn.slots, :, turn.positions] = key_states[:, :, 0]
-        self.values[turn.slots, :, turn.positions] = value_states[:, :, 0]
-        num_rows = len(turn.slots)
-        return self.keys[:num_rows, :, : turn.width], self.values[:num_rows, :, : turn.width]
+        places = (turn.slots[:, None], slice(None), turn.positions)
+        self.keys[places] = key_states.transpose(1, 2)
+        self.values[places] = value_states.transpose(1, 2)
+        rows = slice(len(turn.slots)) if turn.is_all else turn.slots
+        return self.keys[rows, :, : turn.width], self.values[rows, :, : turn.width]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first columns of a slot."""
@@ -180,18 +192,40 @@ class SlotRunner:
             # Slots that are not in use read some token at column 0, which the next text replaces.
             rest, width = [0] * (turn.num_slots - count), turn.capacity
             tokens, positions = [*tokens, *rest], [*positions, *rest]
-        device = self._model.device
-        turn.slots = self._slots[: len(tokens)]
-        turn.positions = torch.tensor(positions, device=device)
-        turn.width = width
-        output = self._forward(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
-            position_ids=turn.positions[:, None],
+        turn.slots, turn.is_all = self._slots[: len(tokens)], True
+        logits = self._run(self._forward, [[t] for t in tokens], [[p] for p in positions], width)
+        return logits[:count, -1]
+
+    def extend(
+        self, slots: Sequence[int], runs: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> Tensor:
+        """Read run i from `positions[i]` of `slots[i]` on; return (n, T, V) fp32 logits."""
+        length = max(map(len, runs))
+        # Short runs repeat their last token at its own place, which writes what stands there.
+        tokens = [[*run, *[run[-1]] * (length - len(run))] for run in runs]
+        columns = [
+            [first + min(i, len(run) - 1) for i in range(length)]
+            for first, run in zip(positions, runs, strict=True)
+        ]
+        self._turn.slots = torch.tensor(slots, device=self._model.device)
+        self._turn.is_all = False
+        width = max(row[-1] for row in columns) + 1
+        return self._run(self._model, tokens, columns, width)
+
+    def _run(
+        self, forward: Any, tokens: list[list[int]], positions: list[list[int]], width: int
+    ) -> Tensor:
+        """Return (B, T, V) float32 logits; the slots are in the turn already."""
+        turn, device = self._turn, self._model.device
+        turn.positions, turn.width = torch.tensor(positions, device=device), width
+        output = forward(
+            input_ids=torch.tensor(tokens, device=device),
+            position_ids=turn.positions,
             attention_mask=cache_mask(self._model.config, turn.positions, width),
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits: Tensor = output.logits[:count, -1].float()
+        logits: Tensor = output.logits.float()
         return logits
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -222,6 +256,18 @@ class PlainRunner:
             rows.append(self._model(input_ids=ids, use_cache=False).logits[0, -1].float())
         return torch.stack(rows)
 
+    def extend(
+        self, slots: Sequence[int], runs: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> Tensor:
+        """Read run i from `positions[i]` of `slots[i]` on; return (n, T, V) fp32 logits."""
+        rows, length = [], max(map(len, runs))
+        for slot, run, position in zip(slots, runs, positions, strict=True):
+            self._texts[slot] = [*self._texts[slot][:position], *run]
+            ids = torch.tensor([self._texts[slot]], device=self._model.device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, position:].float()
+            rows.append(torch.nn.functional.pad(logits, (0, 0, 0, length - len(run))))
+        return torch.stack(rows)
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` tokens of a slot those of another one."""
         self._texts[target] = self._texts[source][:length]
@@ -233,6 +279,10 @@ def takes_slots(model: PreTrainedModel) -> bool:
     False for recurrent architectures, for those without positions (ALiBi) and for those that take
     no mask of ours.
     """
+    # GPT-Neo counts the window of these layers in columns whatever the mask, and it is too long for
+    # the texts below to show it.
+    if "local" in (getattr(model.config, "attention_layers", None) or ()):
+        return False
     tokens = list(range(7))
     try:
         runner = SlotRunner(model, num_slots=2, capacity=8)

@@ -94,6 +94,9 @@ class Row:
         start: When the text came in, seconds.
         tokens: Generated so far; the last one is not in the cache yet.
         times: When each of them was there, seconds.
+        draft: What it may say next, because another branch said it: read ahead in one forward and
+            kept as far as it comes true.
+        was_hit: Whether the last token was the draft's.
     """
 
     text: tuple[int, ...]
@@ -101,6 +104,16 @@ class Row:
     start: float
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    was_hit: bool = False
+
+    def add(self, token: int, now: float) -> None:
+        """Add a token, and keep the draft if it said so."""
+        self.tokens.append(token)
+        self.times.append(now)
+        self.was_hit = bool(self.draft) and self.draft[0] == token
+        if self.draft:
+            self.draft = self.draft[1:] if self.was_hit else []
 
     @property
     def position(self) -> int:
