@@ -22,15 +22,20 @@ from rich.text import Text
 from backtrack import CONF_DIR
 from backtrack.config import ConfigError, check_command_line
 from backtrack.data.template import encode_prompt
-from backtrack.generation.engine import Completion, HFEngine, Request, Sampling
+from backtrack.generation.engine import Completion, Engine, HFEngine, Request, Sampling
+from backtrack.generation.openai import OpenAIEngine
 from backtrack.generation.types import sampling_problems
 from backtrack.model_spec import ModelSpec
 from backtrack.models import load_model, load_tokenizer
+from backtrack.saving import read_bias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
 STANDARD_INPUT = "-"
+AUTO = "auto"
 SAMPLING_KEYS = ("temperature", "max_new_tokens", "reset_bias", "max_resets", "seed")
 
 
@@ -71,7 +76,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def settings_problems(cfg: DictConfig) -> list[str]:
     """Return everything wrong with the settings but for the text of the prompt."""
-    problems = _checkpoint_problems(cfg) + sampling_problems({k: cfg[k] for k in SAMPLING_KEYS})
+    problems = checkpoint_problems(cfg)
+    values = {key: cfg[key] for key in SAMPLING_KEYS}
+    if cfg.reset_bias == AUTO:
+        values["reset_bias"] = 0.0  # the one of the file is checked as it is read
+        problems += [] if problems else _bias_problems(cfg)
+    problems += sampling_problems(values)
     for key in ("num_samples", "batch_size"):
         if not isinstance(cfg[key], int) or cfg[key] < 1:
             problems.append(f"{key}: {cfg[key]!r} is not allowed; expected a whole number from 1")
@@ -90,8 +100,8 @@ def settings_problems(cfg: DictConfig) -> list[str]:
     return problems
 
 
-def _checkpoint_problems(cfg: DictConfig) -> list[str]:
-    """Return what is wrong with the folder, as far as its small files tell."""
+def checkpoint_problems(cfg: DictConfig) -> list[str]:
+    """Return what is wrong with the folder `cfg.checkpoint`, as far as its small files tell."""
     if cfg.checkpoint is None:
         return ["checkpoint: missing; expected a Hugging Face folder with [RESET]"]
     folder = Path(str(cfg.checkpoint)).expanduser()
@@ -113,6 +123,14 @@ def _checkpoint_problems(cfg: DictConfig) -> list[str]:
             f"checkpoint: the tokenizer in {str(folder)!r} has no [RESET]; train the model first, "
             "or add the token with `python -m backtrack.prepare`"
         ]
+    return []
+
+
+def _bias_problems(cfg: DictConfig) -> list[str]:
+    try:
+        read_bias(cfg.checkpoint)
+    except ValueError as error:
+        return [str(error)]
     return []
 
 
@@ -151,19 +169,42 @@ def decode(cfg: DictConfig, prompt: str) -> list[Completion]:
     """
     section: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
     spec = ModelSpec(**section)
-    device = _device(cfg.device)
     tokenizer = load_tokenizer(spec)
     prompt_ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
-    sampling = Sampling(**{key: cfg[key] for key in SAMPLING_KEYS})
+    settings = {key: cfg[key] for key in SAMPLING_KEYS}
+    if cfg.reset_bias == AUTO:
+        settings["reset_bias"] = read_bias(cfg.checkpoint)
+    sampling = Sampling(**settings)
     requests = [
         Request(prompt_ids, sample=sample, sampling=sampling) for sample in range(cfg.num_samples)
     ]
+    if cfg.server.url is not None:
+        return _remote_engine(cfg, tokenizer).generate(requests)
+    device = find_device(cfg.device)
     model = load_model(spec, tokenizer, seed=cfg.seed)
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides Module.to
     return HFEngine(model, tokenizer, batch_size=cfg.batch_size).generate(requests)
 
 
-def _device(name: str) -> torch.device:
+def _remote_engine(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    return OpenAIEngine(
+        base_url=cfg.server.url,
+        model=cfg.server.model or str(cfg.checkpoint),
+        tokenizer=tokenizer,
+        concurrency=cfg.batch_size,
+        retries=cfg.server.retries,
+        timeout_s=cfg.server.timeout_s,
+        api_key=None,
+        cache_path=None,
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; auto takes a GPU if there is one.
+
+    Raises:
+        ValueError: If it is not at hand.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

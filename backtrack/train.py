@@ -95,10 +95,7 @@ def train(cfg: DictConfig) -> TrainResult:
     with runs.shared_with_ranks(run.folder):
         _fit(trainer, module, data, run.checkpoint)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if trainer.global_step < data.num_steps:
-        log.warning(
-            "stopped at step %d of %d; go on with resume=auto", trainer.global_step, data.num_steps
-        )
+    if trainer.global_step < data.num_steps and _was_interrupted(trainer, data.num_steps):
         return TrainResult(run.folder, None, metrics, was_interrupted=True)
     is_saved = data.num_steps % cfg.trainer.save_every_n_steps == 0
     if not (is_saved and (run.folder / runs.CHECKPOINT).is_file()):
@@ -107,6 +104,15 @@ def train(cfg: DictConfig) -> TrainResult:
         _leave_model(module, tokenizer, run.folder, cfg)
     trainer.strategy.barrier("the model is saved")
     return TrainResult(run.folder, run.folder / runs.MODEL, metrics)
+
+
+def _was_interrupted(trainer: pl.Trainer, num_steps: int) -> bool:
+    """Return whether Ctrl-C ended a run early, and not a callback that had seen enough."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    by_hand = any(getattr(callback, "was_interrupted", False) for callback in callbacks)
+    then = "; go on with resume=auto" if by_hand else " by a callback; its model is saved"
+    log.warning("stopped at step %d of %d%s", trainer.global_step, num_steps, then)
+    return by_hand
 
 
 def _add_reference(

@@ -117,7 +117,7 @@ def compose(objective: str, folder: Path, overrides: Sequence[str] = ()) -> Dict
             "~callbacks.interrupt",
             "~callbacks.throughput",
             "~callbacks.learning_rate",
-            "~callbacks.reset_probe",
+            "~callbacks.reset_monitor",
             "~logger.tensorboard",
             "~logger.csv",
             f"paths.run_dir={folder}",

@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 from backtrack.build import make_sources
-from backtrack.callbacks.reset_probe import reset_logps
+from backtrack.callbacks.reset_monitor import reset_logps
 from backtrack.config import compose_config
 from backtrack.data.load import load_data
 from backtrack.data.module import BatchSettings

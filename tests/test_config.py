@@ -97,7 +97,7 @@ def test_config_finds_problems_between_keys(overrides, said):
         ("-m", SFT, "data.batch_size=choice(2,4)"),
         ("-m", "+experiment=tiny_sft,tiny_dpo"),
         ("--cfg", "job", SFT),
-        (SFT, "~callbacks.reset_probe", "+callbacks.extra=null", "hydra.job.name=abc"),
+        (SFT, "~callbacks.reset_monitor", "+callbacks.extra=null", "hydra.job.name=abc"),
         (SFT, "++seed=3"),
         ("data.path=my file.jsonl",),
         (),

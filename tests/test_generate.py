@@ -17,9 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from backtrack import generate
 from backtrack.config import compose_config
+from backtrack.data.template import encode_prompt
 from backtrack.models import add_reset
 from backtrack.saving import save_folder
 from backtrack.tokens import add_reset_token
+from tests.generation.scripted import make_script
+from tests.generation.stub_server import R, serving
 from tests.tiny import END_ID, byte_tokenizer, tiny_model
 
 PROMPT = "How does one felt a kettle warmer?"
@@ -267,3 +270,18 @@ def test_generate_command_reads_a_pipe(checkpoint, tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, "cd\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_asks_a_server_in_place_of_the_model(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "load_model", lambda *_, **__: pytest.fail("loaded weights"))
+    prompt = encode_prompt(byte_tokenizer(), [{"role": "user", "content": PROMPT}])
+    a, b, c, d = (byte_tokenizer().encode(letter)[0] for letter in "abcd")
+    with serving(make_script([prompt, (a, b, R, c, d, END_ID)])) as server:
+        run(checkpoint, server={"url": server.url}, show_discarded=True)
+    assert capsys.readouterr().out == "[taken back: ab]\ncd\n"
+    assert server.questions[0]["model"] == str(checkpoint)
+
+
+def test_generate_says_that_no_server_is_there(checkpoint):
+    with pytest.raises(ValueError, match=r"base_url: .*127\.0\.0\.1:9"):
+        run(checkpoint, server={"url": "http://127.0.0.1:9/v1", "retries": 0})

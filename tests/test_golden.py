@@ -6,9 +6,9 @@ Where a change is meant, say why in its commit and replace the figures by what t
 import pytest
 import torch
 
+from backtrack.compiled import compile_layers
 from backtrack.data.batching import deal, step_weight
 from backtrack.data.examples import make_tree
-from backtrack.compiled import compile_layers
 from tests.modules.builders import RECIPE, batch_of, dpo_module, sft_module, some_examples
 from tests.modules.test_dpo import table_of
 from tests.tiny import tiny_model
@@ -147,5 +147,5 @@ def test_losses_with_compiled_layers_are_those_written_down(method):
 def test_compile_layers_refuses_what_has_no_known_layers():
     model = tiny_model("llama")
     model._no_split_modules = []
-    with pytest.raises(ValueError, match="trainer.compile_layers: the layers of llama"):
+    with pytest.raises(ValueError, match=r"trainer\.compile_layers: the layers of llama"):
         compile_layers(model, has_fixed_shapes=False)

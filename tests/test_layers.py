@@ -33,8 +33,10 @@ LAYERS = {
     "backtrack.data.template": PURE,
     "backtrack.data.world_items": PURE,
     "backtrack.generation.board": PURE,
+    "backtrack.generation.calibration": PURE,
     "backtrack.generation.strands": PURE,
     "backtrack.generation.frontier": PURE,
+    "backtrack.generation.openai_replies": PURE,
     "backtrack.generation.reset": PURE,
     "backtrack.head_loss": PURE,
     "backtrack.logps": PURE,
@@ -43,6 +45,7 @@ LAYERS = {
     "backtrack.adapters": ADAPTERS,
     "backtrack.attacks": ADAPTERS,
     "backtrack.backbone": ADAPTERS,
+    "backtrack.compiled": ADAPTERS,
     "backtrack.cpu": ADAPTERS,
     "backtrack.flex": ADAPTERS,
     "backtrack.data.cache": ADAPTERS,
@@ -55,6 +58,9 @@ LAYERS = {
     "backtrack.data.world_tokenizer": ADAPTERS,
     "backtrack.evaluation": ADAPTERS,
     "backtrack.generation.engine": ADAPTERS,
+    "backtrack.generation.openai": ADAPTERS,
+    "backtrack.generation.openai_cache": ADAPTERS,
+    "backtrack.generation.openai_wire": ADAPTERS,
     "backtrack.generation.runner": ADAPTERS,
     "backtrack.locks": ADAPTERS,
     "backtrack.model_spec": ADAPTERS,
@@ -62,6 +68,7 @@ LAYERS = {
     "backtrack.runs": ADAPTERS,
     "backtrack.reset_row": ADAPTERS,
     "backtrack.saving": ADAPTERS,
+    "backtrack.study": ADAPTERS,
     "backtrack.tree_attention": ADAPTERS,
     "backtrack.callbacks": SHELLS,
     "backtrack.data.module": SHELLS,
@@ -82,6 +89,7 @@ LAYERS = {
     "backtrack.prepare": ENTRY,
     "backtrack.show": ENTRY,
     "backtrack.start": ENTRY,
+    "backtrack.sweep": ENTRY,
     "backtrack.train": ENTRY,
 }
 
@@ -90,6 +98,7 @@ NETWORK_ROOMS = {
     "backtrack.models",
     "backtrack.data.sources",
     "backtrack.generation.engine",
+    "backtrack.generation.openai_wire",
     "backtrack.evaluation.judges",
 }
 NETWORK_NAMES = (

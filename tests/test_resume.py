@@ -98,7 +98,7 @@ def test_validation_and_probe_leave_the_training_random_state_alone(tmp_path):
         config_of(
             tmp_path,
             LORA,
-            "~callbacks.reset_probe",
+            "~callbacks.reset_monitor",
             "data.validation_sources={}",
             "~callbacks.best_checkpoint",
             steps=3,

@@ -219,3 +219,11 @@ def test_problems_of_a_configuration_are_found_before_weights_load(tmp_path, mon
     with pytest.raises(ValueError, match="Precision 99 is invalid"):
         train(config_of(tmp_path, "trainer.precision=99"))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_train_in_half_precision_clips_its_gradients(tmp_path, precision):
+    # Lightning refuses to clip under autocast where the optimizer says it handles scaling itself.
+    cfg = config_of(tmp_path, f"trainer.precision={precision}", "trainer.max_steps=1")
+    cfg.trainer.gradient_clip_val = 1.0
+    assert train(cfg).metrics["train/loss"] > 0

@@ -57,6 +57,9 @@ class HFEngine:
         batch_size: Rows that decode together, at most.
         compiles: Whether the steps are compiled on a GPU: minutes at first, then faster.
 
+    Attributes:
+        stop_ids: Ids that end an answer.
+
     Raises:
         ValueError: If the tokenizer has no [RESET] or no end-of-turn token, or the model has no row
             for [RESET].
@@ -76,7 +79,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._reset_id = reset_token_id(tokenizer)
-        self._stop_ids = _stop_ids(model, tokenizer) - {self._reset_id}
+        self.stop_ids = _stop_ids(model, tokenizer) - {self._reset_id}
         self._num_tokens = max(tokenizer.get_vocab().values()) + 1
         self._max_length: float = getattr(model.config, "max_position_embeddings", None) or math.inf
         if self._reset_id >= model.config.vocab_size:
@@ -104,7 +107,7 @@ class HFEngine:
             requests,
             num_slots=self._batch_size,
             reset_id=self._reset_id,
-            stop_ids=self._stop_ids,
+            stop_ids=self.stop_ids,
             max_length=self._max_length,
             device=self._model.device,
             clock=time.perf_counter,
@@ -201,7 +204,7 @@ class HFEngine:
                 f"prompt_ids: {name} has {length} tokens with its prefill, which leaves none of "
                 f"the model's {self._max_length} for an answer; shorten it"
             )
-        if self._stop_ids.intersection(request.prefill_ids):
+        if self.stop_ids.intersection(request.prefill_ids):
             raise ValueError(
                 f"prefill_ids: {name} holds an end-of-turn token, so its answer has ended "
                 "already; leave it out"
@@ -211,7 +214,7 @@ class HFEngine:
     def _complete(self, request: Request, answer: Answer) -> Completion:
         """Return what became of a request."""
         num_prefilled, num_generated = len(request.prefill_ids), len(answer.tokens)
-        is_stopped = answer.tokens[-1] in self._stop_ids
+        is_stopped = answer.tokens[-1] in self.stop_ids
         ids = [*request.prefill_ids, *answer.tokens]
         split = split_at_resets(ids[:-1] if is_stopped else ids, self._reset_id)
         reason: FinishReason = "stop" if is_stopped else "length"

@@ -1,6 +1,6 @@
-"""What [RESET] means while decoding: what a reader may see, and how the next token is chosen.
+"""What [RESET] means while decoding: what a reader may see. And the noise of sampling.
 
-Pure functions over token ids and logits; any engine can use them.
+Pure functions over token ids; any engine can use them.
 
     ids: 5 6 R 8 9        visible 8 9, discarded (5 6,), one reset
 
@@ -59,33 +59,6 @@ def split_at_resets(ids: Sequence[int], reset_id: int) -> Split:
     return Split(visible, tuple(discarded), len(discarded))
 
 
-def bias_and_ban(
-    logits: Tensor,
-    *,
-    reset_id: int,
-    reset_bias: Tensor | float,
-    num_resets: Tensor,
-    max_resets: Tensor | int,
-) -> Tensor:
-    """Return a copy of the logits with [RESET] biased, or banned where no reset is left.
-
-    Apply it before every other processor: then a bias has one meaning whatever the temperature.
-
-    Args:
-        logits: (B, V) float.
-        reset_id: Column of [RESET].
-        reset_bias: Added to its logit, in nats; (B,) float or one for all. -inf is a ban.
-        num_resets: (B,) int64, resets of each answer so far.
-        max_resets: Resets an answer may have; (B,) int64 or one for all. 0 is a ban.
-
-    Source: Zhang et al. 2025 (arXiv 2409.14586), figures 3 and 5 (bias), figure 1 (one reset).
-    """
-    biased = logits.clone()
-    column = logits[:, reset_id] + reset_bias
-    biased[:, reset_id] = column.masked_fill(num_resets >= max_resets, -torch.inf)
-    return biased
-
-
 def noise_key(seed: int, request_id: str, sample: int) -> int:
     """Return the signed 64-bit key of one answer's noise; the same on every machine."""
     words = f"{seed}|{sample}|{request_id}".encode("utf-8", "surrogatepass")
@@ -110,25 +83,6 @@ def keyed_gumbel(keys: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:
     # 52 bits and a half: exact in float64 and never 0 or 1, so that neither log is infinite.
     uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_().to(torch.float32)
-
-
-def choose_tokens(logits: Tensor, temperature: Tensor, noise: Tensor | None) -> Tensor:
-    """Return the next token of each row: the largest of logits + temperature x noise.
-
-    The Gumbel-max trick, argmax(logits / T + noise), multiplied by T: temperature 0 is greedy
-    decoding without a special case, and margins are in units of logits.
-
-    Args:
-        logits: (B, V) float32, -inf where banned.
-        temperature: (B,) float32, at least 0.
-        noise: (B, V) float32 from `keyed_gumbel`; None where every temperature is 0.
-
-    Returns:
-        (B,) int64; the lowest id among equals.
-    """
-    if noise is None:
-        return logits.argmax(-1)
-    return (logits + temperature[:, None] * noise).argmax(-1)
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -207,6 +207,8 @@ class ForestModule(pl.LightningModule):
             eps=settings.eps,
             fused=True,
         )
+        # Nothing is scaled in bf16; by this mark Lightning would refuse to clip under autocast.
+        optimizer._step_supports_amp_scaling = False
         schedule = get_cosine_schedule_with_warmup(
             optimizer, round(settings.warmup_fraction * self.num_steps), self.num_steps
         )

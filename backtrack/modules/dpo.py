@@ -116,7 +116,7 @@ class DPOModule(ForestModule):
         pairs = pair_logps(forest, edges, reference)
         with torch.no_grad():
             reward = rewards(pairs, beta=beta)
-            # [RESET] where it is chosen: after unsafe prefixes (`reset_probe` has safe ones too).
+            # [RESET] where it is chosen: after unsafe prefixes (`reset_monitor` has safe ones too).
             is_chosen = torch.isin(forest.paths, forest.pairs[:, 0])
             elicited = (forest.targets == self.reset_token_id) & is_chosen
         return {

@@ -10,28 +10,21 @@ import pytest
 
 from backtrack.data.template import encode_prompt
 from backtrack.generation import engine as engine_module
-from backtrack.generation.engine import Completion, HFEngine, Request, Sampling
-from backtrack.tokens import add_reset_token, encode_text
-from tests.generation.scripted import ScriptedModel, make_script
-from tests.tiny import END_ID, byte_tokenizer
-
-GREEDY = Sampling(temperature=0, max_new_tokens=12, reset_bias=0, max_resets=1, seed=0)
-A, B, C, D = (byte_tokenizer().convert_tokens_to_ids(letter) for letter in "abcd")
-E = END_ID
-R = 259
-
-
-def tokenizer_with_reset():
-    tokenizer = byte_tokenizer()
-    assert add_reset_token(tokenizer, None) == R
-    return tokenizer
-
-
-def scripted(*dialogues, batch_size: int = 8, **options) -> tuple[HFEngine, ScriptedModel]:
-    model = ScriptedModel(make_script(*dialogues), num_words=260, **options)
-    engine = HFEngine(model, tokenizer_with_reset(), batch_size=batch_size)
-    engine._make_runner = lambda capacity, num_slots: model
-    return engine, model
+from backtrack.generation.engine import Completion, HFEngine, Request
+from backtrack.tokens import encode_text
+from tests.generation.scripted import (
+    GREEDY,
+    A,
+    B,
+    C,
+    D,
+    E,
+    R,
+    ScriptedModel,
+    scripted,
+    tokenizer_with_reset,
+)
+from tests.tiny import byte_tokenizer
 
 
 def answer_of(engine: HFEngine, prompt=(1,), prefill=(), **changes) -> Completion:

@@ -13,8 +13,6 @@ from backtrack.generation.reset import (
     Append,
     Retract,
     VisibleStream,
-    bias_and_ban,
-    choose_tokens,
     keyed_gumbel,
     noise_key,
     split_at_resets,
@@ -22,7 +20,6 @@ from backtrack.generation.reset import (
 from tests.oracle_decode import gumbel
 
 R = 0
-INF = float("inf")
 
 
 @pytest.mark.parametrize(
@@ -51,30 +48,6 @@ def test_split_loses_nothing_and_shows_nothing_discarded():
             assert num_resets == ids.count(R)
             assert R not in visible
             assert visible == ids[length - len(visible) :]
-
-
-def test_bias_is_added_and_ban_follows_the_count():
-    logits = torch.tensor([[1.0, 2.0, 3.0]]).repeat(4, 1)
-    result = bias_and_ban(
-        logits,
-        reset_id=1,
-        reset_bias=torch.tensor([0.5, 0.5, -INF, 0.5]),
-        num_resets=torch.tensor([0, 1, 0, 1]),
-        max_resets=torch.tensor([1, 1, 1, 2]),
-    )
-    assert_close(result[:, 1], torch.tensor([2.5, -INF, -INF, 2.5]))
-    assert_close(result[:, [0, 2]], logits[:, [0, 2]])
-    assert_close(logits, torch.tensor([[1.0, 2.0, 3.0]]).repeat(4, 1))
-
-
-def test_bias_zero_resets_left_bans_always():
-    logits = torch.zeros(1, 3)
-    num_resets = torch.zeros(1, dtype=torch.int64)
-    for bias in (-1.0, 0.0, 100.0, INF):
-        result = bias_and_ban(
-            logits, reset_id=2, reset_bias=bias, num_resets=num_resets, max_resets=0
-        )
-        assert_close(result, torch.tensor([[0.0, 0.0, -INF]]))
 
 
 def test_gumbel_equals_python_integers():
@@ -138,40 +111,6 @@ def test_gumbel_leaves_the_global_random_state():
     before = torch.get_rng_state()
     keyed_gumbel(torch.tensor([1]), torch.tensor([0]), torch.arange(9))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_choose_zero_temperature_is_greedy():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -INF, 5.0]])
-    noise = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 9.0]])
-    assert choose_tokens(logits, torch.zeros(2), noise).tolist() == [1, 0]
-    assert choose_tokens(logits, torch.zeros(2), None).tolist() == [1, 0]
-
-
-def test_choose_adds_the_noise_at_its_temperature():
-    # logits + T noise: 1.0 + 0.5 * 3 = 2.5 < 3.0; at T = 1 it is 4.0 > 3.0.
-    logits = torch.tensor([[1.0, 3.0], [1.0, 3.0]])
-    noise = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
-    assert choose_tokens(logits, torch.tensor([0.5, 1.0]), noise).tolist() == [1, 0]
-
-
-def test_choose_never_takes_a_banned_token():
-    logits = torch.full((300, 4), -INF)
-    logits[:, 2] = -50.0
-    keys = torch.tensor([noise_key(0, str(i), 0) for i in range(300)])
-    noise = keyed_gumbel(keys, torch.zeros(300, dtype=torch.int64), torch.arange(4))
-    assert (choose_tokens(logits, torch.full((300,), 100.0), noise) == 2).all()
-
-
-def test_choose_samples_from_the_softmax():
-    # softmax([0, 1, 2] / 2) = 0.186, 0.307, 0.506; 20000 draws: three sigma is 0.011.
-    n = 20_000
-    keys = torch.tensor([noise_key(1, str(i), 0) for i in range(n)])
-    noise = keyed_gumbel(keys, torch.zeros(n, dtype=torch.int64), torch.arange(3))
-    chosen = choose_tokens(
-        torch.tensor([[0.0, 1.0, 2.0]]).repeat(n, 1), torch.full((n,), 2.0), noise
-    )
-    shares = torch.bincount(chosen, minlength=3) / n
-    assert_close(shares, torch.tensor([0.1863, 0.3072, 0.5065]), atol=0.011, rtol=0)
 
 
 def chunkings(ids):
