@@ -59,6 +59,11 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
         ValueError: If some layers neither slide nor see everything.
     """
     layer_types = getattr(config, "layer_types", None)
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ValueError(
+            f"data.layout: {config.model_type} has local layers that measure their window in "
+            "columns, which a tree is not laid out in; set data.layout=paths"
+        )
     if layer_types:
         others = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
         if others:

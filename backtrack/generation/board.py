@@ -171,6 +171,10 @@ class Board:
     ) -> bool:
         """Add the next token of a row, which may branch; return whether its voices changed."""
         row = self.rows[slot]
+        if len(row.voices) == 1 and not chosen.may_reset(numbers[0]):  # as nearly always
+            row.add(chosen.token_of(numbers[0], row.voices[0]), chosen.now)
+            self._num_hits += row.was_hit
+            return self._end_strands(row, answers)
         branches: dict[int, list[Voice]] = {}
         for voice, number in zip(row.voices, numbers, strict=True):
             for token, part in chosen.next_of(number, voice, self._reset_id):
@@ -206,15 +210,18 @@ class Board:
     def _end_strands(self, row: Row, answers: list[Answer]) -> bool:
         """Take the strands that have ended out of a row; return whether there are any."""
         is_stop, length, found = row.tokens[-1] in self._stop_ids, len(row.tokens), False
+        if not is_stop and length < row.limit:
+            return False
         for voice in row.voices:
             ended = [s for s in voice.strands if is_stop or length >= s.limit]
             if not ended:
                 continue
             found = True
-            answers += [answer_of(row, voice, strand, self._reset_id) for strand in ended]
+            answers.append(answer_of(row, voice, ended, self._reset_id))
             voice.strands = [s for s in voice.strands if not is_stop and length < s.limit]
         if found:
             row.voices = [voice for voice in row.voices if voice.strands]
+        row.limit = min((s.limit for v in row.voices for s in v.strands), default=0)
         return found
 
     def _hand_on(self) -> None:
@@ -258,11 +265,20 @@ class _Chosen:
         self._gaps = numbers[1].tolist()
         self._margins = (numbers[2] + numbers[3] - numbers[0]).tolist()
 
-    def next_of(self, number: int, voice: Voice, reset_id: int) -> list[tuple[int, Voice]]:
-        """Return the tokens of entry `number`, `voice`, and who takes them; notes its margin."""
+    def may_reset(self, number: int) -> bool:
+        """Return whether some strand of entry `number` may take [RESET]."""
+        return bool(self._is_reset[number])
+
+    def token_of(self, number: int, voice: Voice) -> int:
+        """Return the token of entry `number`, `voice`, where none resets; notes its margin."""
         voice.margins.append(self._margins[number])
         voice.gaps.append(self._gaps[number])
-        token = self._tokens[number]
+        token: int = self._tokens[number]
+        return token
+
+    def next_of(self, number: int, voice: Voice, reset_id: int) -> list[tuple[int, Voice]]:
+        """Return the tokens of entry `number`, `voice`, and who takes them; notes its margin."""
+        token = self.token_of(number, voice)
         if not self._is_reset[number]:
             return [(token, voice)]
         best = self._best[number]

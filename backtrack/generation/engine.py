@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from backtrack.generation.runner import (
     Runner,
     SlotRunner,
     attending_by_sdpa,
+    rotates_by_batch,
     takes_slots,
 )
 from backtrack.generation.strands import Answer, Choice, Voices, choose
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 
 DRAFT_TOKENS = 16
 """Tokens of a draft that are read at a time: more would be wasted where it goes wrong early."""
+
+DRAFT_LOGITS = 2**25
+"""Logits that drafts may take up at a time: 128 MiB, and twice that again where noise is added."""
 
 __all__ = ["Completion", "Engine", "FinishReason", "HFEngine", "Request", "Sampling"]
 
@@ -121,7 +126,9 @@ class HFEngine:
             runner = self._make_runner(capacity, min(self._batch_size, len(requests)))
             while not board.is_finished:
                 for answer in self._step(board, runner):
-                    completions[answer.request] = self._complete(requests[answer.request], answer)
+                    done = self._complete(requests[answer.requests[0]], answer)
+                    for index, closest in zip(answer.requests, answer.closest, strict=True):
+                        completions[index] = replace(done, closest_choice=closest)
         return [completions[index] for index in range(len(requests))]
 
     @contextmanager
@@ -141,7 +148,7 @@ class HFEngine:
         """Return what runs the model; slots if it takes them."""
         if self._takes_slots is None:
             self._takes_slots = takes_slots(self._model)
-        if not self._takes_slots:
+        if not self._takes_slots or rotates_by_batch(self._model, capacity):
             return PlainRunner(self._model, num_slots=num_slots)
         return SlotRunner(
             self._model,
@@ -182,7 +189,7 @@ class HFEngine:
 
     def _read_drafts(self, board: Board, runner: Runner) -> list[Answer]:
         """Go on with rows that have a draft, as far as it comes true and one token farther."""
-        slots = board.drafted()
+        slots = board.drafted()[: max(1, DRAFT_LOGITS // (self._num_tokens * (DRAFT_TOKENS + 1)))]
         if not slots:
             return []
         rows = [board.rows[slot] for slot in slots]
@@ -233,7 +240,6 @@ class HFEngine:
             num_generated=num_generated,
             num_discarded=sum(len(part) for part in split.discarded),
             reset_margins=tuple(answer.margins),
-            closest_choice=answer.closest,
         )
 
     def _text(self, ids: Sequence[int]) -> str:

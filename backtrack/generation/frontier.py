@@ -75,7 +75,17 @@ def frontier(engine: Engine, requests: Sequence[Request], biases: Sequence[float
     Source: Zhang et al. 2025 (arXiv 2409.14586), figures 3 and 5.
     """
     _check_biases(biases)
-    asked = [_at(request, bias) for bias in biases for request in requests]
+    # Few samplings are many requests': each is checked once for each bias.
+    samplings = {
+        (sampling, bias): replace(sampling, reset_bias=bias)
+        for sampling in {request.sampling for request in requests}
+        for bias in biases
+    }
+    asked = [
+        replace(request, sampling=samplings[request.sampling, bias])
+        for bias in biases
+        for request in requests
+    ]
     done = engine.generate(asked)
     size = len(requests)
     return Frontier(

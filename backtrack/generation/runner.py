@@ -279,10 +279,6 @@ def takes_slots(model: PreTrainedModel) -> bool:
     False for recurrent architectures, for those without positions (ALiBi) and for those that take
     no mask of ours.
     """
-    # GPT-Neo counts the window of these layers in columns whatever the mask, and it is too long for
-    # the texts below to show it.
-    if "local" in (getattr(model.config, "attention_layers", None) or ()):
-        return False
     tokens = list(range(7))
     try:
         runner = SlotRunner(model, num_slots=2, capacity=8)
@@ -298,6 +294,22 @@ def takes_slots(model: PreTrainedModel) -> bool:
         log.info("%s decodes without slots (%s)", type(model).__name__, error)
         return False
     return True
+
+
+def rotates_by_batch(model: PreTrainedModel, capacity: int) -> bool:
+    """Return whether a long row would change how the positions of its neighbours are encoded.
+
+    Rotary embeddings of the kinds "longrope" and "dynamic" take their frequencies from the longest
+    position of a batch, once it is beyond the length that the model was first trained at.
+
+    Args:
+        model: To decode with.
+        capacity: Tokens of the longest text and its answer.
+    """
+    config: Any = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return rope.get("rope_type") in ("longrope", "dynamic") and capacity > first
 
 
 @contextmanager

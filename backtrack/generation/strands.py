@@ -97,6 +97,7 @@ class Row:
         draft: What it may say next, because another branch said it: read ahead in one forward and
             kept as far as it comes true.
         was_hit: Whether the last token was the draft's.
+        limit: Tokens at which the first of its strands ends, or fewer.
     """
 
     text: tuple[int, ...]
@@ -106,6 +107,7 @@ class Row:
     times: list[float] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     was_hit: bool = False
+    limit: int = 0
 
     def add(self, token: int, now: float) -> None:
         """Add a token, and keep the draft if it said so."""
@@ -127,23 +129,23 @@ class Row:
 
 
 class Answer(NamedTuple):
-    """A strand that has ended.
+    """Strands of one voice that have ended alike.
 
     Attributes:
-        request: Its index.
+        requests: Their indices.
         tokens: Generated.
         times: See `Row`.
         start: See `Row`.
         margins: See `Voice`.
-        closest: By how little the closest of its choices was made, in logits.
+        closest: By how little the closest choice of each strand was made, in logits.
     """
 
-    request: int
+    requests: list[int]
     tokens: list[int]
     times: list[float]
     start: float
     margins: list[float]
-    closest: float
+    closest: list[float]
 
 
 class Choice(NamedTuple):
@@ -267,20 +269,29 @@ def tabulate(rows: Sequence[Row], device: torch.device) -> Voices:
     )
 
 
-def answer_of(row: Row, voice: Voice, strand: Strand, reset_id: int) -> Answer:
-    """Return a strand that ends with the last token of its row."""
-    closest, left = np.inf, strand.resets_left + row.tokens.count(reset_id)
-    for token, margin, gap in zip(row.tokens, voice.margins, voice.gaps, strict=True):
-        lead = margin + strand.reset_bias
+def answer_of(row: Row, voice: Voice, strands: Sequence[Strand], reset_id: int) -> Answer:
+    """Return strands of one voice that end with the last token of their row."""
+    # Between two resets a strand is as close as its closest gap, or as [RESET] came to winning.
+    pieces, gap, margin = [], np.inf, -np.inf
+    for token, its_margin, its_gap in zip(row.tokens, voice.margins, voice.gaps, strict=True):
         if token == reset_id:
-            closest, left = min(closest, lead), left - 1
+            pieces.append((gap, margin, its_margin))
+            gap, margin = np.inf, -np.inf
         else:
-            closest = min(closest, gap, -lead if left > 0 else np.inf)
+            gap, margin = min(gap, its_gap), max(margin, its_margin)
+    closest = []
+    for strand in strands:
+        found = [lead for *_, at_reset in pieces if (lead := at_reset + strand.reset_bias) < np.inf]
+        left = strand.resets_left + len(pieces)
+        for its_gap, its_margin, _ in (*pieces, (gap, margin, 0.0)):
+            found += [its_gap, -(its_margin + strand.reset_bias) if left > 0 else np.inf]
+            left -= 1
+        closest.append(float(max(min(found), 0.0)))
     return Answer(
-        strand.index,
+        [strand.index for strand in strands],
         row.tokens.copy(),  # the row may go on with other strands
         row.times.copy(),
         row.start,
         voice.margins.copy(),
-        float(max(closest, 0.0)),
+        closest,
     )

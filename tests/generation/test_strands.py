@@ -244,5 +244,5 @@ def test_answer_closest_by_hand(bias, max_resets, tokens, closest):
     strand = Strand(4, bias, max_resets - tokens.count(0), 9)
     voice = Voice([strand], 0, 0.0, 0, margins=[-0.75, -0.5, -0.25], gaps=[2.0, 1.0, 3.0])
     row = Row((7,), [voice], 1.5, tokens=tokens, times=[2.0, 3.0, 4.0])
-    answer = answer_of(row, voice, strand, 0)
-    assert answer == (4, tokens, [2.0, 3.0, 4.0], 1.5, [-0.75, -0.5, -0.25], closest)
+    answer = answer_of(row, voice, [strand], 0)
+    assert answer == ([4], tokens, [2.0, 3.0, 4.0], 1.5, [-0.75, -0.5, -0.25], [closest])
