@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from backtrack.generation.types import Request
 
 
+MIN_DRAFTED = 8
+"""Rows whose drafts are read in one forward, at least, where there are so many rows."""
+NUM_RECENT = 8
+"""Answers after a reset that are kept as drafts for other prompts: refusals are often alike."""
 FIRST_DRAFTS = 32
 """Drafts that are tried before their hits decide whether more are."""
 
@@ -59,6 +64,7 @@ class Board:
         self._waiting: list[list[Row]] = []  # for each slot, branches whose past is in it
         self._voices: Voices | None = None
         self._num_drafts = self._num_hits = 0
+        self._recent: deque[list[int]] = deque(maxlen=NUM_RECENT)
         self.is_sampled = any(request.sampling.temperature > 0 for request in requests)
         texts = texts_of(requests, reset_id, max_length)
         # The longest come first: what does not fit into memory shows at once, and texts that are
@@ -74,7 +80,7 @@ class Board:
         """Give free slots to branches that wait; return (source, target, length) of each copy.
 
         A branch that begins with [RESET] goes on waiting for its slot while drafts pay: what the
-        row there says is its draft, which costs less than a slot of its own.
+        row there says may be its draft, which costs less than a slot of its own.
         """
         copies = []
         for slot, waiting in enumerate(self._waiting):
@@ -89,8 +95,9 @@ class Board:
 
     def drafted(self) -> list[int]:
         """Return the slots of rows whose drafts are to be read now: none until there are some."""
+        self._find_drafts()
         slots = [slot for slot, row in enumerate(self.rows) if row.draft]
-        return slots if 8 * len(slots) >= min(self._num_slots, len(self.rows)) else []
+        return slots if len(slots) >= min(MIN_DRAFTED, len(self.rows)) else []
 
     def admit(self) -> tuple[list[int], list[tuple[int, ...]]]:
         """Give free slots to texts that wait, where enough are free; return slots and texts."""
@@ -218,9 +225,11 @@ class Board:
                 continue
             found = True
             answers.append(answer_of(row, voice, ended, self._reset_id))
-            voice.strands = [s for s in voice.strands if not is_stop and length < s.limit]
+            voice.keep([s for s in voice.strands if not is_stop and length < s.limit])
         if found:
             row.voices = [voice for voice in row.voices if voice.strands]
+        if not row.voices and self._reset_id in row.tokens:
+            self._recent.append(self._said(row))
         row.limit = min((s.limit for v in row.voices for s in v.strands), default=0)
         return found
 
@@ -232,23 +241,37 @@ class Board:
                 longest = max(self._waiting[slot], key=lambda branch: branch.position)
                 self._waiting[slot].remove(longest)
                 self.rows[slot] = longest
-                if self._drafts_pay and self._was_reset(longest):
-                    self._num_drafts += 1
-                    longest.draft = self._draft(longest, row.tokens)
+                longest.sources = [*row.sources, self._said(row)]
 
     def _was_reset(self, branch: Row) -> bool:
         return branch.tokens[-1] == self._reset_id
+
+    def _said(self, row: Row) -> list[int]:
+        """Return what a row has said since its last [RESET]."""
+        tokens = row.tokens
+        if self._reset_id not in tokens:
+            return tokens
+        return tokens[len(tokens) - tokens[::-1].index(self._reset_id) :]
 
     @property
     def _drafts_pay(self) -> bool:
         """Whether drafts come true often enough to be worth a forward of several tokens each."""
         return self._num_drafts < FIRST_DRAFTS or self._num_hits >= 2 * self._num_drafts
 
-    def _draft(self, branch: Row, tokens: list[int]) -> list[int]:
-        """Return what a branch may say after its [RESET]: what the row before it said last."""
-        resets = [i for i, token in enumerate(tokens) if token == self._reset_id]
-        most = max(s.limit for voice in branch.voices for s in voice.strands)
-        return tokens[resets[-1] + 1 if resets else 0 :][: most - len(branch.tokens) - 1]
+    def _find_drafts(self) -> None:
+        """Give drafts to rows that have said one token since their reset, where others began so."""
+        if not self._drafts_pay:
+            return
+        for row in self.rows:
+            if len(row.tokens) < 2 or row.tokens[-2] != self._reset_id or row.draft:
+                continue
+            # The latest first: what the rows before it in its slot said, then any others.
+            for source in (*reversed(row.sources), *reversed(self._recent)):
+                if len(source) > 1 and source[0] == row.tokens[-1]:
+                    most = max(s.limit for voice in row.voices for s in voice.strands)
+                    row.draft = source[1 : most - len(row.tokens)]
+                    self._num_drafts += bool(row.draft)
+                    break
 
 
 class _Chosen:
@@ -291,8 +314,11 @@ class _Chosen:
             (resetting if wins and strand.resets_left > 0 else going_on).append(strand)
         for strand in resetting:
             strand.resets_left -= 1
-        if not resetting or not going_on:
-            return [(reset_id if resetting else token, voice)]
+        if not resetting:
+            return [(token, voice)]
+        if not going_on:
+            voice.keep(resetting)
+            return [(reset_id, voice)]
         branch = voice.part(resetting)
-        voice.strands = going_on
+        voice.keep(going_on)
         return [(token, voice), (reset_id, branch)]

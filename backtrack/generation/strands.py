@@ -58,6 +58,7 @@ class Voice:
         margins: For each generated token, what [RESET] had (its noise included, its bias not) less
             what the best other token had, in logits.
         gaps: For each generated token, what the best token but [RESET] had over the second best.
+        top_bias: The largest bias of a strand that may still reset; -inf where none may.
     """
 
     strands: list[Strand]
@@ -66,22 +67,19 @@ class Voice:
     num_prefilled: int
     margins: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    top_bias: float = -np.inf
 
-    @property
-    def top_bias(self) -> float:
-        """The largest bias of a strand that may still reset; -inf where none may."""
-        return max((s.reset_bias for s in self.strands if s.resets_left > 0), default=-np.inf)
+    def keep(self, strands: list[Strand]) -> None:
+        """Make these its strands; to be called as well when one of them has reset."""
+        self.strands = strands
+        self.top_bias = max((s.reset_bias for s in strands if s.resets_left > 0), default=-np.inf)
 
     def part(self, strands: list[Strand]) -> Voice:
         """Return a voice of some of the strands, with the same past."""
-        return Voice(
-            strands,
-            self.key,
-            self.temperature,
-            self.num_prefilled,
-            self.margins.copy(),
-            self.gaps.copy(),
-        )
+        past = (self.margins.copy(), self.gaps.copy())
+        part = Voice([], self.key, self.temperature, self.num_prefilled, *past)
+        part.keep(strands)
+        return part
 
 
 @dataclass(slots=True)
@@ -97,6 +95,7 @@ class Row:
         draft: What it may say next, because another branch said it: read ahead in one forward and
             kept as far as it comes true.
         was_hit: Whether the last token was the draft's.
+        sources: What rows before it in its slot said, each since its last [RESET].
         limit: Tokens at which the first of its strands ends, or fewer.
     """
 
@@ -107,6 +106,7 @@ class Row:
     times: list[float] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     was_hit: bool = False
+    sources: list[list[int]] = field(default_factory=list)
     limit: int = 0
 
     def add(self, token: int, now: float) -> None:
@@ -243,6 +243,9 @@ def texts_of(
         )
         voice = Voice([], key, sampling.temperature, num_prefilled)
         voices.setdefault(text, {}).setdefault(name, voice).strands.append(strand)
+    for of_text in voices.values():
+        for voice in of_text.values():
+            voice.keep(voice.strands)
     return {text: list(of_text.values()) for text, of_text in voices.items()}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from backtrack.generation import board as board_module
 from backtrack.generation import engine as engine_module
 from backtrack.generation.board import Board
 from backtrack.generation.reset import keyed_gumbel, noise_key
@@ -115,6 +116,7 @@ def test_board_branches_are_copied_up_to_the_branch(no_drafts):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_board_computes_every_text_once(batch_size, draft_tokens, forgets, monkeypatch):
     monkeypatch.setattr(engine_module, "DRAFT_TOKENS", draft_tokens)
+    monkeypatch.setattr(board_module, "MIN_DRAFTED", 1)
     if not draft_tokens:
         monkeypatch.setattr(Board, "_drafts_pay", False)
     model = BabblingModel(seed=0, forgets=forgets)
@@ -128,10 +130,13 @@ def test_board_computes_every_text_once(batch_size, draft_tokens, forgets, monke
         needed.update(chain.from_iterable(alone.texts))
         alone.texts.clear()
     assert len({c.visible_ids for c in completions}) > 15
-    computed = Counter([*chain.from_iterable(model.texts), *model.extended])
+    # A draft that goes wrong for one branch may be what another says.
+    may_coincide = [] if draft_tokens and not forgets else model.extended
+    computed = Counter([*chain.from_iterable(model.texts), *may_coincide])
     assert set(computed.values()) == {1}
     assert set(chain.from_iterable(model.texts)) | (needed & set(model.extended)) == needed
-    assert bool(model.extended) == (draft_tokens > 0)
+    # One that does not forget says what nobody said before, more often than not.
+    assert bool(model.extended) == (draft_tokens > 0) or not forgets
     assert max(map(len, model.texts)) <= batch_size
     if batch_size == 1:
         # A branch takes over the slot of the row it left.
