@@ -1,7 +1,7 @@
 """What a frontier over nine biases costs, and whether it gives what nine separate runs give.
 
     python benchmarks/frontier_cost.py --checkpoint DIR [--prompts 200] [--repeats 3]
-        [--batch-size 64] [--max-new-tokens 80]
+        [--batch-size 128] [--max-new-tokens 80]
 
 DIR is a model of the demo (its world lies in its folder), such as logs/demo/latest/backtrack_dpo.
 The prompts are evenly spread over all suites of the test split. Timed, in turn and `--repeats`
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=80)
     args = parser.parse_args()
     spec = ModelSpec(**compose_config("generate", [f"checkpoint={args.checkpoint}"]).model)

@@ -14,7 +14,10 @@ from backtrack.config import check_command_line
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m backtrack\.(\w+)([^\n`#]*)")
-MAIN = {"train", "show", "generate", "prepare", "export", "demo", "fit_judge", "filter"}
+MAIN = {"train", "show", "generate", "prepare", "export", "demo", "fit_judge", "filter"} | {
+    "calibrate",
+    "sweep",
+}
 CHECKS = {"generate": generate.check_arguments, "fit_judge": fit_judge.check_arguments}
 
 

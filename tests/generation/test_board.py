@@ -112,8 +112,8 @@ def test_board_branches_are_copied_up_to_the_branch(no_drafts):
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-@pytest.mark.parametrize("draft_tokens", [0, 1, 2, 16])
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+@pytest.mark.parametrize("draft_tokens", [0, 1, 16])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_board_computes_every_text_once(batch_size, draft_tokens, forgets, monkeypatch):
     monkeypatch.setattr(engine_module, "DRAFT_TOKENS", draft_tokens)
     monkeypatch.setattr(board_module, "MIN_DRAFTED", 1)

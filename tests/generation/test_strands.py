@@ -17,6 +17,12 @@ INF = float("inf")
 GREEDY = Sampling(temperature=0, max_new_tokens=9, reset_bias=0, max_resets=1, seed=0)
 
 
+def voice_of(strands: list[Strand], key: int, temperature: float, num_prefilled: int) -> Voice:
+    made = Voice([], key, temperature, num_prefilled)
+    made.keep(strands)
+    return made
+
+
 def voices_of(num: int, *, temperature: float = 0.0, top_bias: float = 0.0) -> Voices:
     """One voice a row, each with noise of its own."""
     return Voices(
@@ -49,7 +55,7 @@ def test_choose_adds_the_bias_and_bans_where_no_reset_is_left():
         [(0.5, 1), (1.5, 1)],
     ]
     rows = [
-        Row((7,), [Voice([Strand(0, bias, left, 9) for bias, left in row], 0, 0.0, 0)], 0.0)
+        Row((7,), [voice_of([Strand(0, bias, left, 9) for bias, left in row], 0, 0.0, 0)], 0.0)
         for row in given
     ]
     logits = torch.tensor([[1.0, 2.0, 3.0]]).repeat(len(rows), 1)
@@ -66,7 +72,7 @@ def test_choose_adds_the_bias_and_bans_where_no_reset_is_left():
 
 @pytest.mark.parametrize("bias", [-1.0, 0.0, 100.0, INF])
 def test_choose_zero_resets_left_bans_always(bias):
-    voice = Voice([Strand(0, bias, 0, 9)], 0, 0.0, 0)
+    voice = voice_of([Strand(0, bias, 0, 9)], 0, 0.0, 0)
     voices = tabulate([Row((7,), [voice], 0.0)], torch.device("cpu"))
     assert taken(torch.tensor([[0.0, 0.0, 50.0]]), voices, 2).tolist() == [0]
 
@@ -211,8 +217,8 @@ def test_texts_strands_know_their_limits_and_the_resets_of_a_prefill():
 def test_tabulate_goes_through_rows_and_their_voices():
     strand = Strand(0, 0.5, 1, 9)
     rows = [
-        Row((7,), [Voice([strand], 11, 0.0, 0), Voice([strand], -(2**63), 0.7, 2)], 0.0),
-        Row((8, 8), [Voice([strand], 13, 1.0, 0)], 0.0, tokens=[4, 5, 6]),
+        Row((7,), [voice_of([strand], 11, 0.0, 0), voice_of([strand], -(2**63), 0.7, 2)], 0.0),
+        Row((8, 8), [voice_of([strand], 13, 1.0, 0)], 0.0, tokens=[4, 5, 6]),
     ]
     voices = tabulate(rows, torch.device("cpu"))
     assert voices.rows.tolist() == [0, 0, 1]
