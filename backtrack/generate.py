@@ -90,8 +90,11 @@ def settings_problems(cfg: DictConfig) -> list[str]:
             f"num_samples: {cfg.num_samples} greedy answers would all be the same; expected 1, or "
             "a temperature above 0"
         )
-    if not isinstance(cfg.show_discarded, bool):
-        problems.append(f"show_discarded: {cfg.show_discarded!r}; expected true or false")
+    problems += [
+        f"{key}: {cfg[key]!r}; expected true or false"
+        for key in ("show_discarded", "compile_steps")
+        if not isinstance(cfg[key], bool)
+    ]
     if (cfg.prompt is None) == (cfg.prompt_file is None):
         which = "neither is" if cfg.prompt is None else "both are"
         problems.append(
@@ -183,7 +186,8 @@ def decode(cfg: DictConfig, prompt: str) -> list[Completion]:
     device = find_device(cfg.device)
     model = load_model(spec, tokenizer, seed=cfg.seed)
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides Module.to
-    return HFEngine(model, tokenizer, batch_size=cfg.batch_size).generate(requests)
+    engine = HFEngine(model, tokenizer, batch_size=cfg.batch_size, compiles=cfg.compile_steps)
+    return engine.generate(requests)
 
 
 def _remote_engine(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
