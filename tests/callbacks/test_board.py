@@ -107,10 +107,10 @@ def test_layout_names_tags_that_runs_log(sweep):
     (event,) = reader.runs.Tensors(run, "custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == [
+        "Safety",
+        "Reset",
         "Loss",
         "Rewards",
-        "Reset",
-        "Safety",
         "Speed",
     ]
     lacking = {"speed/mfu", "safety/share_of_time"}  # no known peak, no safety_eval
@@ -120,7 +120,7 @@ def test_layout_names_tags_that_runs_log(sweep):
                 if category.title != "Safety" and pattern not in lacking:
                     assert matches(pattern, known), pattern
     safety = ["safety/hazards/violation_rate/bias=-2", "benign/crafts/false_reset_rate/bias=0"]
-    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[3].chart}
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
     assert matches(charts["violation rate"][0], safety) == safety[:1]
     assert matches(charts["false reset rate, benign"][0], safety) == safety[1:]
 
