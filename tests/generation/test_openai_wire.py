@@ -130,6 +130,15 @@ def test_openai_interrupted_run_goes_on(tmp_path):
     assert [set(json.loads(line)) >= {"key"} for line in path.open()] == [True] * 6
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    # A shell lets what it starts in the background ignore the signal.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_openai_ctrl_c_leaves_what_is_finished(tmp_path):
     path = tmp_path / "answers.jsonl"
     requests = [asked(request_id=str(i)) for i in range(6)]
@@ -139,14 +148,14 @@ def test_openai_ctrl_c_leaves_what_is_finished(tmp_path):
         def interrupt_at_the_fourth(body):
             if len(server.questions) == 4:
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.5)  # the answer is still on the way
+                time.sleep(2.0)  # the answer is still on the way
             return answer(body)
 
         server.answer = interrupt_at_the_fourth
         start = time.perf_counter()
         with pytest.raises(KeyboardInterrupt):
             engine_at(server, cache_path=path, concurrency=1).generate(requests)
-        assert time.perf_counter() - start < 0.5
+        assert time.perf_counter() - start < 1.9
         assert len(path.read_text().splitlines()) == 3
         server.answer = answer
         num_asked = len(server.questions)
