@@ -104,6 +104,7 @@ def test_sweep_trial_without_figures_is_a_failure(rows):
         best_outcome(rows, cap=0.1)
 
 
+@pytest.mark.slow
 def test_sweep_study_goes_on_where_it_was_and_draws_other_values(tmp_path):
     space = config().sweep.space
     study = study_of(tmp_path)

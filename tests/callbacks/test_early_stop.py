@@ -124,6 +124,7 @@ def test_bias_must_be_one_that_is_measured():
         )
 
 
+@pytest.mark.slow
 def test_training_ends_at_the_evaluation_that_says_so(tmp_path, caplog):
     more = (
         "callbacks=watch",
