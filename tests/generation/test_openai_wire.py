@@ -130,15 +130,6 @@ def test_openai_interrupted_run_goes_on(tmp_path):
     assert [set(json.loads(line)) >= {"key"} for line in path.open()] == [True] * 6
 
 
-@pytest.fixture
-def heeds_ctrl_c():
-    # A shell lets what it starts in the background ignore the signal.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_openai_ctrl_c_leaves_what_is_finished(tmp_path):
     path = tmp_path / "answers.jsonl"
     requests = [asked(request_id=str(i)) for i in range(6)]
