@@ -27,7 +27,7 @@ os.environ.update(
 
 
 def pytest_configure() -> None:
-    # A shell lets what it starts in the background ignore Ctrl-C, and so would all that tests start.
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would what tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
