@@ -7,6 +7,7 @@ the overrides before Hydra does, and at the values they compose to (`checks`).
 from __future__ import annotations
 
 import difflib
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,9 +99,10 @@ def _jobs(parser: OverridesParser, parsed: Sequence[Override]) -> Iterator[list[
 def _problems(name: str, overrides: Sequence[Override]) -> list[str]:
     groups = [item for item in overrides if _is_group(item)]
     values = [item for item in overrides if not _is_group(item)]
-    cfg, problems = _compose_groups(name, groups)
-    if cfg is None:
-        return problems
+    try:
+        cfg = _compose_groups(name, tuple(str(item.input_line) for item in groups))
+    except (HydraException, OmegaConfBaseException) as error:
+        return [" ".join(str(error).split())]
     unknown = [item for item in values if not _names_a_key(cfg, item)]
     known = [str(item.input_line) for item in [*groups, *values] if item not in unknown]
     return [*(_suggest(cfg, item) for item in unknown), *_value_problems(name, known)]
@@ -111,11 +113,9 @@ def _is_group(item: Override) -> bool:
     return key.startswith("hydra/") or ((Path(CONF_DIR) / key).is_dir() and "." not in key)
 
 
-def _compose_groups(name: str, groups: Sequence[Override]) -> tuple[DictConfig | None, list[str]]:
-    try:
-        return compose_config(name, [str(item.input_line) for item in groups]), []
-    except (HydraException, OmegaConfBaseException) as error:
-        return None, [" ".join(str(error).split())]
+@lru_cache(maxsize=64)  # a sweep asks for the same groups again and again; nobody changes them
+def _compose_groups(name: str, groups: tuple[str, ...]) -> DictConfig:
+    return compose_config(name, groups)
 
 
 def _names_a_key(cfg: DictConfig, item: Override) -> bool:
