@@ -22,7 +22,7 @@ MIN_DRAFTED = 8
 NUM_RECENT = 8
 """Answers after a reset that are kept as drafts for other prompts: refusals are often alike."""
 FIRST_DRAFTS = 32
-"""Drafts that are tried before their hits decide whether more are."""
+"""Resets for which a draft is looked for before the hits decide whether more are."""
 
 
 class Board:
@@ -163,11 +163,9 @@ class Board:
             first = {id(voice): number + i * num_places for i, voice in enumerate(row.voices)}
             number += len(row.voices) * num_places
             for place in range(num_places):
-                has_next = bool(row.draft)
                 numbers = [first[id(voice)] + place for voice in row.voices]
                 self._advance(slot, numbers, chosen, answers)
-                # An emptied draft has ended; one that is left came true so far.
-                if not (has_next and row.was_hit and row.voices):
+                if not (row.was_hit and row.voices):
                     break
         self._hand_on()
         self._voices = None
@@ -265,12 +263,12 @@ class Board:
         for row in self.rows:
             if len(row.tokens) < 2 or row.tokens[-2] != self._reset_id or row.draft:
                 continue
+            self._num_drafts += 1  # one that nobody could give has no hits, like one that failed
             # The latest first: what the rows before it in its slot said, then any others.
             for source in (*reversed(row.sources), *reversed(self._recent)):
                 if len(source) > 1 and source[0] == row.tokens[-1]:
                     most = max(s.limit for voice in row.voices for s in voice.strands)
                     row.draft = source[1 : most - len(row.tokens)]
-                    self._num_drafts += bool(row.draft)
                     break
 
 

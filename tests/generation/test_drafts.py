@@ -106,3 +106,16 @@ def test_draft_may_be_what_another_prompt_was_told():
         (R, *(D, C, B, A, E)[:n]) for n in range(1, 6)
     ]
     assert first not in {text[0] for text in model.extended}
+
+
+def test_drafts_that_are_never_found_do_not_pay(monkeypatch):
+    # Branches begin as nobody began: after two of them the others take free slots at once.
+    monkeypatch.setattr(board_module, "FIRST_DRAFTS", 2)
+    dialogues = [
+        line for n in range(1, 6) for line in ([(n,), ((A, R), B, B, E)], [(n, R), (C + n, E)])
+    ]
+    engine, model = scripted(*dialogues, batch_size=2)
+    asked = [r for n in range(1, 6) for r in requests_at(0.0, 2.0, prompt=(n,))]
+    assert [c.num_resets for c in engine.generate(asked)] == [0, 1] * 5
+    assert model.extended == []
+    assert model.copies
