@@ -13,11 +13,13 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -27,6 +29,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
+CACHED_WORDS = 1 << 15
+"""Words of noise that are made at a time on a CPU: 256 KiB, what a core keeps close."""
 
 
 class Split(NamedTuple):
@@ -79,9 +83,23 @@ def keyed_gumbel(keys: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:
         (B, V) float32, finite.
     """
     streams = _mix(keys + GOLDEN * (steps + 1))
-    bits = _mix(streams[:, None] + GOLDEN * (token_ids + 1))
+    salts = GOLDEN * (token_ids + 1)
+    if streams.device.type != "cpu":
+        return _gumbel(_shift_right(_mix(streams[:, None] + salts), 12))
+    # A CPU is held up by memory: a few rows at a time, in place, stay in its cache.
+    noise = torch.empty(len(streams), len(salts))
+    size = max(1, CACHED_WORDS // max(1, len(salts)))
+    for first in range(0, len(streams), size):
+        bits = streams[first : first + size, None] + salts
+        _top_bits_in_place(bits.numpy().view(np.uint64))
+        noise[first : first + size] = _gumbel(bits)
+    return noise
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Return the Gumbel noise of 52 random bits, elementwise."""
     # 52 bits and a half: exact in float64 and never 0 or 1, so that neither log is infinite.
-    uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
+    uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_().to(torch.float32)
 
 
@@ -95,6 +113,19 @@ def _mix(bits: Tensor) -> Tensor:
 def _shift_right(bits: Tensor, count: int) -> Tensor:
     """Return an unsigned shift: torch's own copies the sign of an int64."""
     return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+def _top_bits_in_place(bits: NDArray[np.uint64]) -> None:
+    """Do what `_mix` does and keep the top 52 bits, without a copy: numpy shifts unsigned words."""
+    shifted = bits >> np.uint64(30)
+    bits ^= shifted
+    bits *= np.uint64(MIX_1 + 2**64)
+    np.right_shift(bits, np.uint64(27), out=shifted)
+    bits ^= shifted
+    bits *= np.uint64(MIX_2 + 2**64)
+    np.right_shift(bits, np.uint64(31), out=shifted)
+    bits ^= shifted
+    bits >>= np.uint64(12)
 
 
 @dataclass(frozen=True, slots=True)

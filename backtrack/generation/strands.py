@@ -205,22 +205,29 @@ def choose(logits: Tensor, voices: Voices, *, reset_id: int, is_sampled: bool) -
     reset_noise = torch.zeros_like(reset_logit)
     if is_sampled:
         vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        noise = voices.temperature[:, None] * keyed_gumbel(voices.keys, voices.steps, vocabulary)
+        noise = keyed_gumbel(voices.keys, voices.steps, vocabulary).mul_(voices.temperature[:, None])
         scores += noise
         reset_noise = noise[:, reset_id]
     scores[:, reset_id] = -torch.inf
-    tokens = scores.argmax(-1)  # the lowest id among equals, which topk does not promise
-    top = scores.topk(2, dim=-1).values
-    best = top[:, 0]
+    tokens = _argmax(scores)
+    best = scores.gather(-1, tokens[:, None])[:, 0]
+    second = scores.scatter_(-1, tokens[:, None], -torch.inf).amax(-1)
     biased = reset_logit + voices.top_bias + reset_noise
     return Choice(
         tokens=tokens,
         best=best,
-        gap=best - top[:, 1],
+        gap=best - second,
         reset_logit=reset_logit,
         reset_noise=reset_noise,
         is_reset=(biased > best) | ((biased == best) & (tokens > reset_id)),
     )
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """Return the column of the largest of each row: the lowest among equals."""
+    if scores.device.type == "cpu":  # numpy's takes a tenth of the time
+        return torch.from_numpy(scores.numpy().argmax(-1))
+    return scores.argmax(-1)
 
 
 def texts_of(

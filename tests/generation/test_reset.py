@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise, product
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from backtrack.generation import reset
@@ -99,12 +102,26 @@ def test_gumbel_has_its_distribution():
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
 
 
-@pytest.mark.parametrize("bits", [0, -1, -(2**63), 2**63 - 1])
-def test_gumbel_is_finite_at_the_ends(bits, monkeypatch):
+@pytest.mark.parametrize("bits", [0, 2**52 - 1])
+def test_gumbel_is_finite_at_the_ends(bits):
     # All bits 0 gives u = 2^-53, all bits 1 gives 1 - 2^-53; with a 53rd bit u would round to 1.
-    monkeypatch.setattr(reset, "_mix", lambda words: torch.full_like(words, bits))
-    noise = keyed_gumbel(torch.tensor([1]), torch.tensor([0]), torch.arange(2))
-    assert noise.isfinite().all()
+    assert reset._gumbel(torch.tensor([bits])).isfinite().all()
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))
+def test_the_bits_of_a_cpu_are_those_of_any_device(words):
+    bits = torch.tensor(words)
+    expected = reset._shift_right(reset._mix(bits), 12)
+    reset._top_bits_in_place(bits.numpy().view(np.uint64))
+    assert torch.equal(bits, expected)
+
+
+def test_gumbel_made_in_pieces_is_the_noise_of_the_whole(monkeypatch):
+    keys, steps, tokens = torch.arange(7), torch.arange(7), torch.arange(30)
+    whole = keyed_gumbel(keys, steps, tokens)
+    for size in (1, 30, 61, 90):
+        monkeypatch.setattr(reset, "CACHED_WORDS", size)
+        assert torch.equal(keyed_gumbel(keys, steps, tokens), whole)
 
 
 def test_gumbel_leaves_the_global_random_state():
