@@ -162,7 +162,9 @@ class Board:
             row = self.rows[slot]
             first = {id(voice): number + i * num_places for i, voice in enumerate(row.voices)}
             number += len(row.voices) * num_places
-            for place in range(num_places):
+            # Most of a draft comes true at once; what is left goes the way of any token.
+            known = self._take_draft(row, chosen, first[id(row.voices[0])], num_places - 1)
+            for place in range(known, num_places):
                 numbers = [first[id(voice)] + place for voice in row.voices]
                 self._advance(slot, numbers, chosen, answers)
                 if not (row.was_hit and row.voices):
@@ -170,6 +172,32 @@ class Board:
         self._hand_on()
         self._voices = None
         return answers
+
+    def _take_draft(self, row: Row, chosen: _Chosen, first: int, most: int) -> int:
+        """Add a draft as far as its one voice says the same, up to where something happens.
+
+        Args:
+            row: With a draft.
+            chosen: At entry `first` and on, what its voice chose.
+            first: Entry of the first place.
+            most: Tokens that were read ahead.
+
+        Returns:
+            Tokens that were added: none of them resets, stops or is the last one allowed.
+        """
+        if len(row.voices) > 1:
+            return 0
+        most = max(0, min(most, len(row.draft), row.limit - len(row.tokens) - 1))
+        told = chosen.told(first, row.draft[:most], self._stop_ids)
+        if told:
+            voice = row.voices[0]
+            voice.margins += chosen.margins[first : first + told]
+            voice.gaps += chosen.gaps[first : first + told]
+            row.tokens += row.draft[:told]
+            row.times += [chosen.now] * told
+            row.draft = row.draft[told:]
+            self._num_hits += told
+        return told
 
     def _advance(
         self, slot: int, numbers: Sequence[int], chosen: _Chosen, answers: list[Answer]
@@ -283,8 +311,17 @@ class _Chosen:
         whole = torch.stack([choice.tokens, choice.is_reset.to(torch.int64)]).tolist()
         self._tokens, self._is_reset = whole
         self._best, _, self._logit, self._noise = numbers.numpy()
-        self._gaps = numbers[1].tolist()
-        self._margins = (numbers[2] + numbers[3] - numbers[0]).tolist()
+        self.gaps = numbers[1].tolist()
+        self.margins = (numbers[2] + numbers[3] - numbers[0]).tolist()
+
+    def told(self, first: int, draft: Sequence[int], stop_ids: Collection[int]) -> int:
+        """Return how many tokens of a draft are chosen from entry `first` on, without an event."""
+        some = slice(first, first + len(draft))
+        entries = zip(draft, self._tokens[some], self._is_reset[some], strict=True)
+        for count, (said, token, is_reset) in enumerate(entries):
+            if said != token or is_reset or token in stop_ids:
+                return count
+        return len(draft)
 
     def may_reset(self, number: int) -> bool:
         """Return whether some strand of entry `number` may take [RESET]."""
@@ -292,8 +329,8 @@ class _Chosen:
 
     def token_of(self, number: int, voice: Voice) -> int:
         """Return the token of entry `number`, `voice`, where none resets; notes its margin."""
-        voice.margins.append(self._margins[number])
-        voice.gaps.append(self._gaps[number])
+        voice.margins.append(self.margins[number])
+        voice.gaps.append(self.gaps[number])
         token: int = self._tokens[number]
         return token
 

@@ -127,8 +127,12 @@ class HFEngine:
             while not board.is_finished:
                 for answer in self._step(board, runner):
                     done = self._complete(requests[answer.requests[0]], answer)
+                    like = {
+                        closest: replace(done, closest_choice=closest)
+                        for closest in set(answer.closest)  # of many biases, often one
+                    }
                     for index, closest in zip(answer.requests, answer.closest, strict=True):
-                        completions[index] = replace(done, closest_choice=closest)
+                        completions[index] = like[closest]
         return [completions[index] for index in range(len(requests))]
 
     @contextmanager

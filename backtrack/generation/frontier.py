@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from backtrack.generation.reset import keyed_gumbel, noise_key
-from backtrack.generation.types import Engine
+from backtrack.generation.types import Engine, Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from backtrack.generation.types import Completion, Request
+    from backtrack.generation.types import Completion
 
 CLOSE = 1e-5
 """Logits: a choice made by less may fall otherwise in another batch."""
@@ -82,7 +82,13 @@ def frontier(engine: Engine, requests: Sequence[Request], biases: Sequence[float
         for bias in biases
     }
     asked = [
-        replace(request, sampling=samplings[request.sampling, bias])
+        Request(
+            request.prompt_ids,
+            request.prefill_ids,
+            request.request_id,
+            request.sample,
+            sampling=samplings[request.sampling, bias],
+        )
         for bias in biases
         for request in requests
     ]

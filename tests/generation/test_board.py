@@ -209,6 +209,26 @@ def test_board_budgets_of_strands_in_one_row_differ():
     assert [len(texts) for texts in model.texts] == [1] * 5
 
 
+def test_board_budgets_of_strands_in_one_row_end_within_a_draft():
+    # What follows the reset of the one prompt is the draft of the other's, of which one strand has
+    # five tokens left and one two.
+    after_reset = (B, C, B, C, B, C, E)
+    engine, model = scripted(
+        [(1,), (R, *after_reset)], [(2,), (A,) * 12 + (R, *after_reset)], batch_size=8
+    )
+    budgets = (30, 18, 16)
+    early = requests_at(0.0, max_new_tokens=30)
+    late = [
+        replace(request, prompt_ids=(2,))
+        for n in budgets
+        for request in requests_at(0.0, max_new_tokens=n)
+    ]
+    completions = engine.generate([*early, *late])
+    assert model.extended
+    assert [c.visible_text for c in completions] == ["bcbcbc", "bcbcbc", "bcbcb", "bcb"]
+    assert [c.num_generated for c in completions] == [8, 20, 18, 16]
+
+
 def test_board_resets_of_strands_in_one_row_are_counted_each(no_drafts):
     engine, model = scripted([(1,), ((R, A), (R, B), (R, C), E)], [(1, R, R, C), (D, E)])
     asked = [r for n in (3, 0, 2, 1, 2) for r in requests_at(0.0, max_resets=n)]
