@@ -205,7 +205,9 @@ def choose(logits: Tensor, voices: Voices, *, reset_id: int, is_sampled: bool) -
     reset_noise = torch.zeros_like(reset_logit)
     if is_sampled:
         vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        noise = keyed_gumbel(voices.keys, voices.steps, vocabulary).mul_(voices.temperature[:, None])
+        noise = keyed_gumbel(voices.keys, voices.steps, vocabulary).mul_(
+            voices.temperature[:, None]
+        )
         scores += noise
         reset_noise = noise[:, reset_id]
     scores[:, reset_id] = -torch.inf
