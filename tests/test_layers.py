@@ -34,6 +34,7 @@ LAYERS = {
     "backtrack.data.world_items": PURE,
     "backtrack.generation.board": PURE,
     "backtrack.generation.calibration": PURE,
+    "backtrack.generation.chosen": PURE,
     "backtrack.generation.strands": PURE,
     "backtrack.generation.frontier": PURE,
     "backtrack.generation.openai_replies": PURE,
