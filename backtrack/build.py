@@ -24,11 +24,13 @@ from backtrack.data.template import check_template
 from backtrack.data.world import make_world
 from backtrack.data.world_tokenizer import make_world_tokenizer
 from backtrack.model_spec import ModelSpec
-from backtrack.models import load_tokenizer, setup_tokenizer
-from backtrack.modules.base import ForestModule, OptimizerSettings
+from backtrack.models import load_model, load_tokenizer, setup_tokenizer
+from backtrack.modules.base import Assembly, ForestModule, OptimizerSettings
 from backtrack.modules.checkpoint_io import AtomicCheckpointIO
 from backtrack.modules.dpo import DPOModule, DPOSettings
 from backtrack.modules.sft import SFTModule
+from backtrack.sharding import is_sharded
+from backtrack.strategies.build import make_strategy
 from backtrack.tokens import reset_token_id
 from backtrack.tree_attention import use_tree_attention
 
@@ -138,22 +140,61 @@ def make_sources(cfg: DictConfig) -> tuple[list[Any], list[Any] | None]:
     return build(cfg.data.sources), None if validation is None else build(validation)
 
 
-def make_module(cfg: DictConfig, model: Any, *, num_steps: int, reset_id: int) -> ForestModule:
-    """Return the Lightning module of the objective around `model`, under LoRA where wanted."""
-    check_architecture(model, layout=cfg.data.layout)
+def make_base(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the model that a run begins with, as it is loaded.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    return load_model(model_spec(cfg), tokenizer, seed=cfg.seed)
+
+
+def prepare_model(cfg: DictConfig, model: Any, *, reset_id: int) -> Any:
+    """Return `model` ready to be trained: checked, with its attention, under LoRA where wanted.
+
+    Raises:
+        ValueError: If it takes no trees.
+    """
+    if not is_sharded(model):  # the check needs whole weights
+        check_architecture(model, layout=cfg.data.layout)
     if cfg.data.layout == "forest":
         use_tree_attention(model, on_gpu=trains_on_gpu(cfg))
     if cfg.model.lora:
         model = add_lora(model, **cfg.model.lora, reset_token_id=reset_id)
     if cfg.trainer.compile_layers:
         compile_layers(model, has_fixed_shapes=trains_on_gpu(cfg) and cfg.data.layout == "forest")
-    model.train()
+    return model.train()
+
+
+def untrained_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the model of a run as it began, under LoRA where wanted, for trained weights to enter.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    model = make_base(cfg, tokenizer)
+    if cfg.model.lora:
+        model = add_lora(model, **cfg.model.lora, reset_token_id=reset_token_id(tokenizer))
+    return model
+
+
+def make_module(
+    cfg: DictConfig,
+    model: Any,
+    *,
+    num_steps: int,
+    reset_id: int,
+    assembly: Assembly | None = None,
+) -> ForestModule:
+    """Return the Lightning module of the objective around `model`; see `ForestModule`."""
     optimizer = OptimizerSettings(**{**cfg.optimizer, "betas": tuple(cfg.optimizer.betas)})
     shared = {
         "optimizer": optimizer,
         "num_steps": num_steps,
         "chunk_size": cfg.objective.chunk_size,
         "reset_token_id": reset_id,
+        "seed": cfg.seed,
+        "assembly": assembly,
     }
     if cfg.objective.name == "sft":
         return SFTModule(model, **shared)
@@ -171,7 +212,9 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
         accelerator=section.accelerator,
         devices=section.devices,
         num_nodes=section.num_nodes,
-        strategy=section.strategy,
+        strategy=make_strategy(
+            cfg.strategy, on_gpu=trains_on_gpu(cfg), has_frozen=bool(cfg.model.lora)
+        ),
         precision=section.precision,
         max_epochs=1,
         accumulate_grad_batches=num_micro,
@@ -185,7 +228,8 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
         deterministic=section.deterministic,
         callbacks=_callbacks(cfg),
         logger=[instantiate(item) for item in cfg.logger.values() if item],
-        plugins=[AtomicCheckpointIO()],
+        # Engines that write a folder do without; see strategies.staged.
+        plugins=[AtomicCheckpointIO()] if cfg.strategy.name in ("single", "ddp") else [],
     )
 
 

@@ -6,6 +6,7 @@ Problems are lines of the form `key: what is wrong, what would be right`.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -61,6 +62,8 @@ def _one_of(*names: str) -> Callable[[Any], bool]:
     return lambda value: value in names
 
 
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_natural, "a whole number from 0"),
     "data.backtrack": (_flag, "true or false"),
@@ -105,6 +108,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.accumulate_grad_batches": (_positive_int, "a whole number from 1"),
     "trainer.gradient_clip_val": (_optional(_positive), "a number above 0, or null"),
     "trainer.compile_layers": (_flag, "true or false"),
+    "strategy.name": (_one_of(*STRATEGIES), ", ".join(STRATEGIES)),
+    "strategy.timeout_s": (_positive, "a number of seconds above 0"),
+    "strategy.overlap_comm": (_flag, "true or false"),
+    "strategy.bucket_size": (_positive_int, "a whole number from 1"),
+    "strategy.config": (OmegaConf.is_dict, "keys of DeepSpeed's configuration, such as {}"),
+    "strategy.reshard_after_forward": (_flag, "true or false"),
+    "trainer.num_nodes": (_positive_int, "a whole number from 1"),
     "trainer.devices": (
         lambda v: v == "auto" or _positive_int(v),
         "a whole number from 1, or auto",
@@ -151,6 +161,8 @@ def _may_lack(cfg: DictConfig, key: str) -> bool:
     section, _, name = key.rpartition(".")
     chosen = OmegaConf.select(cfg, "objective.name")
     others = [keys for objective, keys in _OBJECTIVE_KEYS.items() if objective != chosen]
+    if section == "strategy" and name != "name":
+        return True  # each strategy has settings of its own
     is_of_other = section == "objective" and any(name in keys for keys in others)
     return is_of_other or (section != "" and not OmegaConf.is_dict(OmegaConf.select(cfg, section)))
 
@@ -162,7 +174,6 @@ def _plain(section: DictConfig) -> dict[str, Any]:
 
 
 _ABSENT: Any = object()
-_SPAWNING = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 def _joint_problems(cfg: DictConfig) -> list[str]:
@@ -197,10 +208,23 @@ def _joint_problems(cfg: DictConfig) -> list[str]:
             f"data.weights: they are of {', '.join(map(str, data.weights)) or 'nothing'}, the "
             f"sources are {', '.join(map(str, names))}; expected one weight for each, or null"
         )
-    if str(cfg.trainer.strategy).startswith(_SPAWNING):
+    problems += _strategy_problems(cfg)
+    return problems
+
+
+def _strategy_problems(cfg: DictConfig) -> list[str]:
+    problems = []
+    name, trainer = cfg.strategy.name, cfg.trainer
+    if name == "single" and (trainer.devices not in (1, "auto") or trainer.num_nodes != 1):
         problems.append(
-            f"trainer.strategy: {cfg.trainer.strategy} leaves what it counted in its processes; "
-            "expected ddp"
+            f"strategy: single runs on one device, trainer.devices={trainer.devices} and "
+            f"trainer.num_nodes={trainer.num_nodes} ask for more; expected strategy=ddp, zero1, "
+            "zero2, zero3 or fsdp2"
+        )
+    if name.startswith("zero") and find_spec("deepspeed") is None:
+        problems.append(
+            f"strategy: {name} needs DeepSpeed, which is not installed; "
+            "`pip install 'backtrack-lm[deepspeed]'`, or take fsdp2 or ddp"
         )
     return problems
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
 from backtrack import CONF_DIR, runs
-from backtrack.adapters import add_lora
-from backtrack.build import make_tokenizer, model_spec
+from backtrack.build import make_tokenizer, untrained_model
+from backtrack.checkpoints import newest_complete
 from backtrack.config import ConfigError, check_command_line
+from backtrack.consolidate import consolidated
 from backtrack.data.world import make_world, save_world
-from backtrack.models import load_model
 from backtrack.modules.base import check_identity
 from backtrack.saving import check_free, export_state
-from backtrack.tokens import reset_token_id
 
 PREFIX = "model."  # ForestModule keeps the model under this name
 
@@ -37,17 +34,15 @@ def export(cfg: DictConfig) -> Path:
     if problems:
         raise ConfigError(problems)
     check_free(cfg.out)
-    folder, file = find_checkpoint(Path(cfg.checkpoint).expanduser())
+    folder, path = find_checkpoint(Path(cfg.checkpoint).expanduser())
     run = runs.load_config(folder)
     tokenizer = make_tokenizer(run)
-    model: Any = load_model(model_spec(run), tokenizer, seed=run.seed)
-    if run.model.lora:
-        model = add_lora(model, **run.model.lora, reset_token_id=reset_token_id(tokenizer))
-    checkpoint = load_checkpoint(file)
-    check_identity(checkpoint, model)
+    model = untrained_model(run, tokenizer)
+    checkpoint = consolidated(path)
+    check_identity(checkpoint.extra, model)
     state = {
         name.removeprefix(PREFIX): weight
-        for name, weight in checkpoint["state_dict"].items()
+        for name, weight in checkpoint.state_dict.items()
         if name.startswith(PREFIX)
     }
     out = export_state(model, tokenizer, state, cfg.out)
@@ -57,40 +52,22 @@ def export(cfg: DictConfig) -> Path:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Return the run folder and the file of a checkpoint named by either.
+    """Return the run folder and the checkpoint that is named by either.
 
     Raises:
         ValueError: If it is neither.
     """
-    if path.suffix == ".ckpt" and path.is_file():
+    if path.suffix == ".ckpt" and path.exists():
         return path.parent.parent, path
-    if (path / runs.CHECKPOINT).is_file():
-        return path, path / runs.CHECKPOINT
+    newest = newest_complete(path / runs.CHECKPOINT.parent, runs.CHECKPOINT.name)
+    if newest is not None:
+        return path, newest
     if (path / "config.json").is_file():
         raise ValueError(f"checkpoint: {path} is a Hugging Face folder already; use it as it is")
     raise ValueError(
         f"checkpoint: {path} has no {runs.CHECKPOINT}; give the folder of a run "
-        "(logs/<task>/<experiment>/<time>) or a file in its checkpoints folder"
+        "(logs/<task>/<experiment>/<time>) or what lies in its checkpoints folder"
     )
-
-
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Return a checkpoint of `ForestModule`, on the CPU.
-
-    Raises:
-        ValueError: If the file is damaged or was not written by a run.
-    """
-    try:
-        # Holds the random state of Python and numpy, which the weights-only reader does not take;
-        # like any run folder, it must come from someone you trust.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-    except Exception as error:  # pickle raises whatever it stumbles over
-        raise ValueError(
-            f"checkpoint: {file} cannot be read ({error}); name another one"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"checkpoint: {file} holds no trained weights; name one of a run")
-    return checkpoint
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="export")

@@ -13,14 +13,51 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
+
+from backtrack.logps import edge_logps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     GroupLoss = Callable[[Tensor, slice], Tensor]
+
+
+class ChunkedHead(nn.Module):
+    """The output head and all that is done with it, as one module of its own.
+
+    Engines that spread weights over ranks gather those of a module for its forward and backward
+    pass: here the head's are needed once a forward, not once a chunk, and by a gradient that is
+    taken before the backward pass. The head stays a part of the model and is none of this module.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._hidden = (head,)  # in a tuple, or its weights would have a second name
+
+    @property
+    def head(self) -> nn.Module:
+        """Maps (n, D) to (n, V)."""
+        return self._hidden[0]
+
+    def forward(
+        self,
+        states: Tensor,
+        targets: Tensor,
+        *,
+        softcap: float | None,
+        chunk_size: int,
+        ends: Sequence[int] = (),
+        loss: GroupLoss | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return what `head_loss` does where there is a loss; else None and `edge_logps`."""
+        settings: dict[str, Any] = {"head": self.head, "softcap": softcap, "chunk_size": chunk_size}
+        if loss is None:
+            return None, edge_logps(states, targets, **{**settings, "head": self.head.forward})
+        return head_loss(states, targets, ends=ends, loss=loss, **settings)
 
 
 def head_loss(
@@ -144,7 +181,7 @@ class _Chunk:
         self.targets = targets
         with torch.enable_grad():
             self.states = states.detach().requires_grad_()
-            self.raw = head(self.states)
+            self.raw = head.forward(self.states)  # no hooks: `ChunkedHead` has gathered it
         # No product saves its own result, so it may be overwritten: fp32 logits need no copy.
         values: Tensor = self.raw.detach().float()
         self.damping: Tensor | None = None

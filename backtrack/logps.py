@@ -41,8 +41,7 @@ def edge_logps(
     """Return log p(target | path up to the predictor) of each edge, (E,) in nats, fp32.
 
     Only predictors pass the head, `chunk_size` at a time. Without gradient (the reference, probes)
-    the peak memory is chunk_size * V; training takes `head_loss`. The head is called as a module
-    (its forward runs), because weights touched outside a forward are empty shards under ZeRO-3.
+    the peak memory is chunk_size * V; training takes `head_loss`.
 
     Args:
         states: (E, D), hidden states of the predictors.

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from backtrack.model_spec import find_template, model_problems
 from backtrack.reset_row import add_reset
+from backtrack.sharding import is_sharded, whole_shape
 from backtrack.tokens import add_reset_token, reset_token_id
 
 if TYPE_CHECKING:
@@ -188,6 +189,26 @@ def model_fingerprint(model: nn.Module) -> str:
     return _hash(text, model.state_dict())
 
 
+def folder_fingerprint(path: str | Path) -> str:
+    """Return a hash of config and weights of a model folder, by its files: nothing is loaded.
+
+    Raises:
+        ValueError: If it is no folder with safetensors: a hub id, say.
+    """
+    folder = Path(path).expanduser()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"model.path: {str(path)!r} is no folder with safetensors; weights that are spread "
+            "over ranks come from one: `python -m backtrack.prepare model=NAME out=DIR`"
+        )
+    digest = hashlib.blake2b(digest_size=16)
+    for file in (folder / "config.json", *files):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()
+
+
 def model_identity(model: nn.Module) -> dict[str, Any]:
     """Return by what a checkpoint is recognised as one of `model`, as it goes on training.
 
@@ -195,14 +216,17 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     which are in no checkpoint. Those are read once: they must not change while `model` lives.
     """
     weights = dict(model.named_parameters())
-    shapes = json.dumps({name: list(weight.shape) for name, weight in sorted(weights.items())})
+    wholes = {name: whole_shape(weight) for name, weight in weights.items()}
+    shapes = json.dumps({name: list(shape) for name, shape in sorted(wholes.items())})
+    if model not in _frozen_hashes and is_sharded(model):
+        _frozen_hashes[model] = None
     if model not in _frozen_hashes:
         frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}
         _frozen_hashes[model] = _hash("", frozen) if frozen else None
     config = getattr(model, "config", None)
     return {
         "model_type": getattr(config, "model_type", type(model).__name__),
-        "num_parameters": sum(weight.numel() for weight in weights.values()),
+        "num_parameters": sum(shape.numel() for shape in wholes.values()),
         "shapes": _hash(shapes, {}),
         "reset_token_id": getattr(config, "reset_token_id", None),
         "frozen_weights": _frozen_hashes[model],

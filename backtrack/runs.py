@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from backtrack.checkpoints import newest_complete
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -25,14 +27,24 @@ RUN_DIR_VARIABLE = "BACKTRACK_RUN_DIR"
 
 _STAMP, _STAMP_LENGTH = "%Y-%m-%d_%H-%M-%S", 19
 
-# Keys that do not change what a run computes: a run may go on under others.
-_VOLATILE = ("resume", "paths", "callbacks", "logger", "task")
+# Keys that do not change what a run computes: a run may go on under others. The batches of a step
+# follow from the seed and its number alone, so that the number of ranks may change as well.
+_VOLATILE = ("resume", "paths", "callbacks", "logger", "task", "strategy")
 _VOLATILE_TRAINER = (
+    "devices",
+    "num_nodes",
     "enable_progress_bar",
     "log_every_n_steps",
     "val_every_n_steps",
     "save_every_n_steps",
 )
+_WAYS = {
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero3": "zero3",
+    "zero3_offload": "zero3",
+    "fsdp2": "fsdp2",
+}
 
 
 class Run(NamedTuple):
@@ -62,14 +74,14 @@ def open_run(cfg: DictConfig) -> Run:
         return Run(new_folder(_home(cfg)), None)
     if cfg.resume != "auto":
         folder = Path(cfg.resume).expanduser()
-        if not (folder / CHECKPOINT).is_file():
+        if _checkpoint_of(folder) is None:
             raise ValueError(
                 f"resume: {folder} has no {CHECKPOINT}; give the folder of a run, or auto"
             )
         _check_agrees(folder, cfg)
         return _resumed(folder)
     for folder in sorted(_runs_of(cfg), key=_age, reverse=True):
-        if (folder / CHECKPOINT).is_file() and not differences(folder, cfg):
+        if _checkpoint_of(folder) is not None and not differences(folder, cfg):
             return _resumed(folder)
     log.info("resume=auto: no run of %s agrees with this configuration; starting anew", cfg.name)
     return Run(new_folder(_home(cfg)), None)
@@ -77,7 +89,7 @@ def open_run(cfg: DictConfig) -> Run:
 
 def _open_inherited(folder: Path, cfg: DictConfig) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
-    if cfg.resume is None or not (folder / CHECKPOINT).is_file():
+    if cfg.resume is None or _checkpoint_of(folder) is None:
         return Run(folder, None)
     _check_agrees(folder, cfg)
     return _resumed(folder)
@@ -120,7 +132,12 @@ def shared_with_ranks(folder: Path) -> Iterator[None]:
 
 def _resumed(folder: Path) -> Run:
     log.info("resuming %s", folder)
-    return Run(folder, folder / CHECKPOINT, is_complete=(folder / MODEL).is_dir())
+    return Run(folder, _checkpoint_of(folder), is_complete=(folder / MODEL).is_dir())
+
+
+def _checkpoint_of(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run; a kill may have left it beside its place."""
+    return newest_complete(folder / CHECKPOINT.parent, CHECKPOINT.name)
 
 
 def _home(cfg: DictConfig) -> Path:
@@ -195,11 +212,14 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
     except (ValueError, OSError):
         return [f"no readable {CONFIG_FILE}"]
     here = _flat(OmegaConf.to_container(cfg, resolve=True))
-    return sorted(
+    differing = [
         key
         for key in saved.keys() | here.keys()
         if not _is_volatile(key) and saved.get(key) != here.get(key)
-    )
+    ]
+    # A checkpoint is of one way to cut weights and moments.
+    ways = [_WAYS.get(flat.get("strategy.name"), "whole") for flat in (saved, here)]
+    return sorted(differing + ["strategy.name"] * (ways[0] != ways[1]))
 
 
 def _is_volatile(key: str) -> bool:

@@ -17,22 +17,27 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from backtrack import CONF_DIR, runs
+from backtrack.assembly import sharded_parts
 from backtrack.build import (
+    make_base,
     make_data,
     make_module,
     make_tokenizer,
     make_trainer,
-    model_spec,
+    prepare_model,
     trains_on_gpu,
 )
+from backtrack.checkpoints import is_complete
 from backtrack.checks import check_values
 from backtrack.config import ConfigError, check_command_line
 from backtrack.cpu import tune_for_training
 from backtrack.data.world import make_world, save_world
-from backtrack.models import load_model, model_fingerprint
+from backtrack.models import model_fingerprint
 from backtrack.modules.reference import reference_table
-from backtrack.saving import save_folder
+from backtrack.saving import export_state, save_folder
+from backtrack.sharding import is_sharded, whole_weights
 from backtrack.start import resolve_start
+from backtrack.strategies.build import SHARDED
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
@@ -87,23 +92,35 @@ def train(cfg: DictConfig) -> TrainResult:
     tokenizer = make_tokenizer(cfg)
     data = make_data(cfg, tokenizer, run.folder)
     trainer = make_trainer(cfg, num_steps=data.num_steps)
-    model = load_model(model_spec(cfg), tokenizer, seed=cfg.seed)
-    fingerprint = model_fingerprint(model) if cfg.objective.name == "dpo" else ""
-    module = make_module(cfg, model, num_steps=data.num_steps, reset_id=reset_token_id(tokenizer))
-    if cfg.objective.name == "dpo" and cfg.objective.reference == "precomputed":
-        _add_reference(module, data, trainer, fingerprint=fingerprint, cfg=cfg)
+    module = _make_module(cfg, tokenizer, data, trainer)
     with runs.shared_with_ranks(run.folder):
         _fit(trainer, module, data, run.checkpoint)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.global_step < data.num_steps and _was_interrupted(trainer, data.num_steps):
         return TrainResult(run.folder, None, metrics, was_interrupted=True)
     is_saved = data.num_steps % cfg.trainer.save_every_n_steps == 0
-    if not (is_saved and (run.folder / runs.CHECKPOINT).is_file()):
+    if not (is_saved and is_complete(run.folder / runs.CHECKPOINT)):
         trainer.save_checkpoint(run.folder / runs.CHECKPOINT, weights_only=False)
-    if trainer.is_global_zero:
-        _leave_model(module, tokenizer, run.folder, cfg)
+    _leave_model(module, tokenizer, run.folder, cfg)
     trainer.strategy.barrier("the model is saved")
     return TrainResult(run.folder, run.folder / runs.MODEL, metrics)
+
+
+def _make_module(
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, data: ForestData, trainer: pl.Trainer
+) -> ForestModule:
+    """Return the module of a run; `data` has the reference's log-probs then, or will have."""
+    sizes = {"num_steps": data.num_steps, "reset_id": reset_token_id(tokenizer)}
+    if cfg.strategy.name in SHARDED:
+        model, assembly = sharded_parts(cfg, tokenizer, data, trainer)
+        return make_module(cfg, model, assembly=assembly, **sizes)
+    base = make_base(cfg, tokenizer)
+    needs_reference = cfg.objective.name == "dpo" and cfg.objective.reference == "precomputed"
+    fingerprint = model_fingerprint(base) if needs_reference else ""
+    module = make_module(cfg, prepare_model(cfg, base, reset_id=sizes["reset_id"]), **sizes)
+    if needs_reference:
+        _add_reference(module, data, trainer, fingerprint=fingerprint, cfg=cfg)
+    return module
 
 
 def _was_interrupted(trainer: pl.Trainer, num_steps: int) -> bool:
@@ -139,7 +156,19 @@ def _add_reference(
 def _leave_model(
     module: ForestModule, tokenizer: PreTrainedTokenizerBase, folder: Path, cfg: DictConfig
 ) -> None:
-    save_folder(module.model, tokenizer, folder / runs.MODEL)
+    """Write the trained model as a plain folder; every rank must come here.
+
+    Weights that are spread over ranks are gathered on the first one, one at a time, in host memory.
+    """
+    model, trained, is_first = module.model, None, module.trainer.is_global_zero
+    if is_sharded(model):
+        trained = whole_weights(model, keeps=is_first)
+    if not is_first:
+        return
+    if trained is None:
+        save_folder(model, tokenizer, folder / runs.MODEL)
+    else:
+        export_state(module.whole_model(), tokenizer, trained, folder / runs.MODEL)
     if "world" in cfg.data:
         save_world(make_world(**cfg.data.world), folder / runs.MODEL)
     runs.point_latest(folder)

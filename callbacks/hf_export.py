@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from backtrack.callbacks.interrupt import GracefulInterrupt
-from backtrack.callbacks.sharding import is_sharded
+from backtrack.checkpoints import is_complete
+from backtrack.consolidate import consolidated
 from backtrack.data.world import make_world, save_world
 from backtrack.saving import export_state
+from backtrack.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
 
     from backtrack.data.module import ForestData
     from backtrack.modules.base import ForestModule
@@ -65,42 +69,51 @@ class HFExport(pl.Callback):
         if found is None:
             log.warning("hf_export: %s; %s is not written", reason, self.folder)
             return
-        # It holds the random state of Python and numpy; this run has written it a moment ago.
-        checkpoint = torch.load(found, map_location="cpu", weights_only=False)
+        checkpoint = consolidated(found)
         state = {
             name.removeprefix(PREFIX): weight
-            for name, weight in checkpoint["state_dict"].items()
+            for name, weight in checkpoint.state_dict.items()
             if name.startswith(PREFIX)
         }
         data: ForestData = trainer.datamodule  # type: ignore[attr-defined]
         assert data.tokenizer is not None, "runs keep the tokenizer with their data"
         partial = self.folder.with_name(f".{self.folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # by a kill while exporting
-        model = module.model
-        own = {
-            name: weight.to("cpu", copy=True)
-            for name, weight in model.state_dict().items()
-            if name in state
-        }
         try:
-            export_state(model, data.tokenizer, state, partial)
+            with _lent_model(module, state) as model:
+                export_state(model, data.tokenizer, state, partial)
             if self.world is not None:
                 save_world(make_world(**self.world), partial)
         except BaseException:  # Ctrl-C as well: nothing half-written stays
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        finally:
-            model.load_state_dict(own, strict=False)
         _put_in_place(partial, self.folder)
-        log.info("hf_export: %s holds the model of step %d", self.folder, checkpoint["global_step"])
+        step = checkpoint.extra["global_step"]
+        log.info("hf_export: %s holds the model of step %d", self.folder, step)
+
+
+@contextmanager
+def _lent_model(module: ForestModule, state: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Lend a whole model whose weights `state` may replace: the trained one, or one like it."""
+    model: Any = module.model
+    if is_sharded(model):
+        yield module.whole_model()
+        return
+    own = {
+        name: weight.to("cpu", copy=True)
+        for name, weight in model.state_dict().items()
+        if name in state
+    }
+    try:
+        yield model
+    finally:
+        model.load_state_dict(own, strict=False)
 
 
 def _best_file(trainer: pl.Trainer, module: ForestModule) -> tuple[Path | None, str]:
     """Return the best checkpoint, or None and why there is none to export."""
     if any(isinstance(c, GracefulInterrupt) and c.was_interrupted for c in trainer.callbacks):  # type: ignore[attr-defined]
         return None, "the run was interrupted"
-    if is_sharded(module.model):
-        return None, "weights are spread over ranks, so that none could write them alone"
     watching = [
         callback
         for callback in trainer.checkpoint_callbacks
@@ -109,7 +122,7 @@ def _best_file(trainer: pl.Trainer, module: ForestModule) -> tuple[Path | None, 
     if not watching:
         return None, "no checkpoint watches a metric (callbacks.best_checkpoint was left out)"
     path = watching[0].best_model_path
-    if not path or not Path(path).is_file():
+    if not path or not is_complete(Path(path)):
         return None, f"{watching[0].monitor} was never measured"
     return Path(path), ""
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from backtrack.callbacks.decoding import engine_of, lockstep_of
 from backtrack.callbacks.safety_log import figures_of, write_log
 from backtrack.callbacks.safety_settings import SafetySettings
-from backtrack.callbacks.sharding import is_sharded
 from backtrack.data.world import make_world
 from backtrack.evaluation.judges import LinearJudge
 from backtrack.evaluation.safety import (
@@ -132,17 +132,7 @@ class SafetyEval(pl.Callback):
             log.warning("safety_eval: there are no validation prompts, so nothing is measured")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: ForestModule) -> None:  # type: ignore[override]
-        """Measure the model as it comes, where the run begins here.
-
-        Raises:
-            ValueError: If the strategy spreads weights over ranks.
-        """
-        if is_sharded(pl_module.model):
-            raise ValueError(
-                "callbacks.safety_eval: each rank decodes prompts of its own, for which it needs "
-                f"whole weights, and {type(trainer.strategy).__name__} spreads them over ranks; "
-                "leave it out: callbacks=default"
-            )
+        """Measure the model as it comes, where the run begins here."""
         self._started = time.perf_counter()
         if trainer.is_global_zero:
             write_log(self.history, self.settings.run_dir)
@@ -220,16 +210,21 @@ class SafetyEval(pl.Callback):
         plugin = trainer.precision_plugin
         # As training computes. Half precision needs nothing: the weights themselves are half.
         context = plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
+        lockstep = lockstep_of(module)
         with isolate_rng():
             try:
                 if self._engine is None:
-                    self._engine = _make_engine(trainer, module, self.settings.batch_size)
+                    size = self.settings.batch_size
+                    self._engine = engine_of(trainer, module, size, lockstep)
                 with context:
                     asked = decode_suites(
                         self._engine, suites, self.settings.biases, sampling=self.settings.sampling
                     )
             except Exception as error:  # whatever an architecture stumbles over
                 return Share(None, _fault("engine", error)), error
+            finally:
+                if lockstep is not None:
+                    lockstep.finish()
             try:
                 verdicts = judge_answers(self._judge, asked)
             except Exception as error:  # whatever a judge does
@@ -270,12 +265,6 @@ def find_safety_eval(trainer: pl.Trainer, who: str) -> SafetyEval:
         f"callbacks.{who}: it shows what callbacks.safety_eval measures, which is left out; add "
         f"that (callbacks=watch has both), or leave this out too: ~callbacks.{who}"
     )
-
-
-def _make_engine(trainer: pl.Trainer, module: ForestModule, batch_size: int) -> HFEngine:
-    data: ForestData = trainer.datamodule  # type: ignore[attr-defined]
-    assert data.tokenizer is not None
-    return HFEngine(module.model, data.tokenizer, batch_size=batch_size)
 
 
 def _fault(who: str, error: Exception) -> Fault:

@@ -15,8 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 
-from backtrack.callbacks.sharding import is_sharded
-from backtrack.generation.engine import HFEngine
+from backtrack.callbacks.decoding import engine_of, lockstep_of
 from backtrack.generation.types import Request, Sampling
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from backtrack.data.module import ForestData
     from backtrack.data.types import EncodedExample
     from backtrack.generation.types import Completion
+    from backtrack.lockstep import Lockstep
     from backtrack.modules.base import ForestModule
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,6 @@ class SampleLogger(pl.Callback):
             seed=0,
         )
         self._last_step = -1
-        self._has_warned = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: ForestModule) -> None:  # type: ignore[override]
         """Log what the model says as it comes; a resumed run has done so."""
@@ -113,17 +112,27 @@ class SampleLogger(pl.Callback):
     def _log(self, trainer: pl.Trainer, module: ForestModule) -> None:
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         is_due = trainer.global_step != self._last_step
-        if not (trainer.is_global_zero and boards and is_due):
+        if not (boards and is_due):
             return
         self._last_step = trainer.global_step
-        if is_sharded(module.model):
-            # The other ranks would have to take part, and they are at the next step already.
-            if not self._has_warned:
-                log.warning("sample_logger: weights are spread over ranks; no samples are logged")
-            self._has_warned = True
-            return
+        lockstep = lockstep_of(module)
         try:
-            texts = self._samples(trainer, module)
+            if trainer.is_global_zero:
+                self._show(boards, trainer, module, lockstep)
+        finally:
+            if lockstep is not None:  # the other ranks lend their weights
+                lockstep.finish()
+
+    def _show(
+        self,
+        boards: Sequence[TensorBoardLogger],
+        trainer: pl.Trainer,
+        module: ForestModule,
+        lockstep: Lockstep | None,
+    ) -> None:
+        """Decode and log, whatever happens."""
+        try:
+            texts = self._samples(trainer, module, lockstep)
             for board in boards:
                 for number, text in enumerate(texts):
                     board.experiment.add_text(f"samples/{number}", text, trainer.global_step)
@@ -139,17 +148,17 @@ class SampleLogger(pl.Callback):
                 frame.lineno or 0,
             )
 
-    def _samples(self, trainer: pl.Trainer, module: ForestModule) -> list[str]:
+    def _samples(
+        self, trainer: pl.Trainer, module: ForestModule, lockstep: Lockstep | None
+    ) -> list[str]:
+        engine = engine_of(trainer, module, self.batch_size, lockstep)
         data: ForestData = trainer.datamodule  # type: ignore[attr-defined]
-        tokenizer = data.tokenizer
-        if tokenizer is None:
-            raise ValueError("the data module has no tokenizer to decode with")
+        tokenizer: Any = data.tokenizer
         examples = harmful_first(data.validation)[: self.num_prompts]
         requests = [
             Request(_prompt_ids(example), request_id=example.example_id, sampling=self.sampling)
             for example in examples
         ]
-        engine = HFEngine(module.model, tokenizer, batch_size=self.batch_size)
         # As training computes. Half precision needs nothing: the weights themselves are half.
         is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
         with trainer.precision_plugin.forward_context() if is_mixed else nullcontext():

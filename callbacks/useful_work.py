@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from backtrack.backbone import backbone_and_head
-from backtrack.callbacks.sharding import whole_shape
+from backtrack.sharding import whole_shape
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -38,7 +38,7 @@ def own_data(tmp_path, *more, is_bad=True, **settings):
 
 
 def test_bad_rows_are_named_by_file_and_line_before_weights_load(tmp_path, monkeypatch):
-    monkeypatch.setattr("backtrack.train.load_model", pytest.fail)
+    monkeypatch.setattr("backtrack.build.load_model", pytest.fail)
     path, cfg = own_data(tmp_path)
     with pytest.raises(ValueError, match=r"data\.path: 5 bad rows in") as caught:
         train(cfg)
@@ -90,7 +90,7 @@ def test_literal_reset_in_a_data_file_is_text_in_every_batch(tmp_path):
     ],
 )
 def test_bad_settings_are_named_before_weights_load(tmp_path, monkeypatch, overrides, said):
-    monkeypatch.setattr("backtrack.train.load_model", pytest.fail)
+    monkeypatch.setattr("backtrack.build.load_model", pytest.fail)
     own = [f"data.path={write_data(tmp_path, is_bad=False)}"] if "own" in overrides else []
     given = [item for item in overrides if item != "own"]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 -- looked at below
@@ -102,7 +102,7 @@ def test_bad_settings_are_named_before_weights_load(tmp_path, monkeypatch, overr
 def test_tokenizer_without_eos_or_pad_is_refused_before_weights_load(tmp_path, monkeypatch, token):
     from tests.tiny import byte_tokenizer, tiny_model
 
-    monkeypatch.setattr("backtrack.train.load_model", pytest.fail)
+    monkeypatch.setattr("backtrack.build.load_model", pytest.fail)
     tokenizer = byte_tokenizer()
     setattr(tokenizer, token, None)
     tokenizer.save_pretrained(tmp_path / "model")

@@ -9,11 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from backtrack import runs
-from backtrack.build import make_module, make_tokenizer, model_spec
+from backtrack.build import make_module, make_tokenizer, untrained_model
 from backtrack.config import ConfigError, compose_config
 from backtrack.data.world import load_world
 from backtrack.export import export, main
-from backtrack.models import load_model
 from backtrack.tokens import reset_token_id
 
 LORA = "model.lora={r: 2, alpha: 4, dropout: 0.0, target_modules: all-linear}"
@@ -24,9 +23,8 @@ def make_run(folder, *overrides):
     """A run folder as training leaves it after moving every trained weight; returns its logits."""
     cfg = compose_config("train", ["+experiment=tiny_sft", "start_from=null", *overrides])
     tokenizer = make_tokenizer(cfg)
-    model = load_model(model_spec(cfg), tokenizer, seed=cfg.seed)
-    reset_id = reset_token_id(tokenizer)
-    module = make_module(cfg, model, num_steps=1, reset_id=reset_id)  # puts LoRA on
+    model = untrained_model(cfg, tokenizer)
+    module = make_module(cfg, model, num_steps=1, reset_id=reset_token_id(tokenizer))
     generator = torch.Generator().manual_seed(1)
     for weight in module.parameters():
         if weight.requires_grad:

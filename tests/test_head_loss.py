@@ -71,7 +71,8 @@ def test_head_loss_equals_the_naive_loss_and_its_gradients(setup, groups, chunk_
 def test_no_chunk_is_larger_than_its_size_and_logits_are_made_once_where_a_group_fits(setup):
     states, targets, head = setup
     seen = []
-    head.register_forward_hook(lambda _module, args, _result: seen.append(len(args[0])))
+    plain = head.forward
+    head.forward = lambda some: (seen.append(len(some)), plain(some))[1]
     for groups, chunk_size in (("edges", 10), ("pairs", 10), ("one", 10)):
         seen.clear()
         ends = ENDS[groups]

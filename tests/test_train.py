@@ -132,7 +132,7 @@ def test_two_ranks_give_the_weights_of_one_and_share_a_folder(tmp_path, experime
             tmp_path, *more, f"paths.log_dir={tmp_path / 'one'}", experiment=experiment, steps=3
         )
     )
-    ranks = ("trainer.devices=2", "trainer.strategy=ddp")
+    ranks = ("trainer.devices=2", "strategy=ddp")
     process = start_command(
         "train", overrides_of(tmp_path, *more, *ranks, experiment=experiment, steps=3)
     )
@@ -155,7 +155,7 @@ def test_two_ranks_give_the_weights_of_one_and_share_a_folder(tmp_path, experime
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_resume_together_after_ctrl_c(tmp_path):
-    more = (SMOOTH, "trainer.devices=2", "trainer.strategy=ddp", "trainer.val_every_n_steps=100")
+    more = (SMOOTH, "trainer.devices=2", "strategy=ddp", "trainer.val_every_n_steps=100")
     # Only rank zero gets the signal: the other one must stop in the same step.
     stopped = start_command("train", overrides_of(tmp_path, *more, *stop_at(2, "interrupt_first")))
     _, stderr = stopped.communicate(timeout=300)
@@ -212,7 +212,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_problems_of_a_configuration_are_found_before_weights_load(tmp_path, monkeypatch):
-    monkeypatch.setattr("backtrack.train.load_model", pytest.fail)
+    monkeypatch.setattr("backtrack.build.load_model", pytest.fail)
     cfg = config_of(tmp_path, "data.max_tokens=30", experiment="tiny_dpo")
     with pytest.raises(ConfigError, match=r"data\.max_tokens: 30 is smaller than one example"):
         train(cfg)

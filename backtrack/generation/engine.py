@@ -61,6 +61,8 @@ class HFEngine:
             the vocabulary) are never chosen.
         batch_size: Rows that decode together, at most.
         compiles: Whether the steps are compiled on a GPU: minutes at first, then faster.
+        forward: By which every forward goes where the weights are spread over ranks, see
+            `lockstep`; else None.
 
     Attributes:
         stop_ids: Ids that end an answer.
@@ -77,6 +79,7 @@ class HFEngine:
         *,
         batch_size: int,
         compiles: bool = False,
+        forward: Any = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is less than 1")
@@ -93,7 +96,7 @@ class HFEngine:
                 f"(id {self._reset_id}); its tokenizer is another model's"
             )
         self._is_static = model.device.type == "cuda"
-        self._forward: Any = None
+        self._forward, self._is_shared = forward, forward is not None
         if compiles and self._is_static:
             self._forward = torch.compile(model.forward, mode="reduce-overhead")
         self._takes_slots: bool | None = None
@@ -139,7 +142,7 @@ class HFEngine:
     def _decoding(self) -> Iterator[None]:
         """Make the model ready to decode, and leave it as it was."""
         # Layers that training compiled would be compiled again for the shapes of decoding.
-        stance = "default" if self._forward else "force_eager"
+        stance = "default" if self._forward and not self._is_shared else "force_eager"
         with (
             _evaluating(self._model),
             attending_by_sdpa(self._model),
@@ -151,15 +154,17 @@ class HFEngine:
     def _make_runner(self, capacity: int, num_slots: int) -> Runner:
         """Return what runs the model; slots if it takes them."""
         if self._takes_slots is None:
-            self._takes_slots = takes_slots(self._model)
+            self._takes_slots = takes_slots(self._model, self._forward if self._is_shared else None)
         if not self._takes_slots or rotates_by_batch(self._model, capacity):
-            return PlainRunner(self._model, num_slots=num_slots)
+            shared = self._forward if self._is_shared else None
+            return PlainRunner(self._model, num_slots=num_slots, forward=shared)
         return SlotRunner(
             self._model,
             num_slots=num_slots,
             capacity=capacity,
             is_static=self._is_static,
             forward=self._forward,
+            is_shared=self._is_shared,
         )
 
     def _step(self, board: Board, runner: Runner) -> list[Answer]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -144,7 +145,8 @@ class SlotRunner:
         capacity: Columns of a slot: the longest text and its answer.
         is_static: Whether every step has the same shapes (all slots, all columns), so that a
             compiled forward is made once; worth it on a GPU.
-        forward: Called in place of the model where given, such as a compiled one.
+        forward: Called in place of the model for steps, such as a compiled one.
+        is_shared: Whether every forward must go by `forward`, see `lockstep`.
     """
 
     def __init__(
@@ -155,9 +157,15 @@ class SlotRunner:
         capacity: int,
         is_static: bool = False,
         forward: Any = None,
+        is_shared: bool = False,
     ) -> None:
         self._model, self._backbone = model, backbone_and_head(model).backbone
         self._forward = model if forward is None else forward
+        self._ahead = model
+        if is_shared:
+            # The logits of one place each, which nobody reads, so that the head runs everywhere.
+            self._backbone = partial(self._forward, logits_to_keep=1)
+            self._ahead = self._forward
         self._is_static = is_static
         everything = torch.arange(num_slots, device=model.device)
         self._slots = everything
@@ -210,7 +218,7 @@ class SlotRunner:
         self._turn.slots = torch.tensor(slots, device=self._model.device)
         self._turn.is_all = False
         width = max(row[-1] for row in columns) + 1
-        return self._run(self._model, tokens, columns, width)
+        return self._run(self._ahead, tokens, columns, width)
 
     def _run(
         self, forward: Any, tokens: list[list[int]], positions: list[list[int]], width: int
@@ -238,8 +246,9 @@ class SlotRunner:
 class PlainRunner:
     """Runs a model that keeps no cache of ours: every row whole and alone at each step. Slow."""
 
-    def __init__(self, model: PreTrainedModel, *, num_slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, num_slots: int, forward: Any = None) -> None:
         self._model = model
+        self._forward = model if forward is None else forward
         self._texts: list[list[int]] = [[] for _ in range(num_slots)]
 
     def prefill(self, slots: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
@@ -253,7 +262,7 @@ class PlainRunner:
         for slot, (token, position) in enumerate(zip(tokens, positions, strict=True)):
             self._texts[slot] = [*self._texts[slot][:position], token]
             ids = torch.tensor([self._texts[slot]], device=self._model.device)
-            rows.append(self._model(input_ids=ids, use_cache=False).logits[0, -1].float())
+            rows.append(self._forward(input_ids=ids, use_cache=False).logits[0, -1].float())
         return torch.stack(rows)
 
     def extend(
@@ -264,7 +273,7 @@ class PlainRunner:
         for slot, run, position in zip(slots, runs, positions, strict=True):
             self._texts[slot] = [*self._texts[slot][:position], *run]
             ids = torch.tensor([self._texts[slot]], device=self._model.device)
-            logits = self._model(input_ids=ids, use_cache=False).logits[0, position:].float()
+            logits = self._forward(input_ids=ids, use_cache=False).logits[0, position:].float()
             rows.append(torch.nn.functional.pad(logits, (0, 0, 0, length - len(run))))
         return torch.stack(rows)
 
@@ -273,20 +282,26 @@ class PlainRunner:
         self._texts[target] = self._texts[source][:length]
 
 
-def takes_slots(model: PreTrainedModel) -> bool:
+def takes_slots(model: PreTrainedModel, forward: Any = None) -> bool:
     """Return whether rows in slots give what they give alone: two short texts tell.
 
     False for recurrent architectures, for those without positions (ALiBi) and for those that take
     no mask of ours.
+
+    Args:
+        model: To decode with.
+        forward: By which every forward must go, if any; see `lockstep`.
     """
-    tokens = list(range(7))
+    tokens, alone_by = list(range(7)), model if forward is None else forward
     try:
-        runner = SlotRunner(model, num_slots=2, capacity=8)
+        runner = SlotRunner(
+            model, num_slots=2, capacity=8, forward=forward, is_shared=forward is not None
+        )
         runner.prefill([1, 0], [tokens[:2], tokens[:6]])
         together = runner.step([tokens[6], tokens[2]], [6, 2])
         for row, length in enumerate((7, 3)):
             ids = torch.tensor([tokens[:length]], device=model.device)
-            alone = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+            alone = alone_by(input_ids=ids, use_cache=False).logits[0, -1].float()
             tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
             if (together[row] - alone).norm() > tolerance * alone.norm() + 1e-6:
                 return False

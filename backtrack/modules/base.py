@@ -5,7 +5,6 @@ Legend: B rows, T tokens, E edges, P paths.
 
 from __future__ import annotations
 
-import random
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,13 +16,13 @@ from transformers import get_cosine_schedule_with_warmup
 from backtrack.backbone import backbone_and_head, tree_attention_mask
 from backtrack.data.forest import Forest, attention_allowed, is_causal
 from backtrack.flex import flex_masks
-from backtrack.head_loss import head_loss
-from backtrack.logps import edge_logps
+from backtrack.head_loss import ChunkedHead
 from backtrack.models import model_identity
+from backtrack.sharding import is_sharded
 from backtrack.tree_attention import attends_by_tree, flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -34,6 +33,26 @@ if TYPE_CHECKING:
 
 RESET_ROW = "trainable_tokens_delta"
 """In the name of a parameter that holds the row of [RESET] alone (peft)."""
+
+
+ENTRIES = ("training_step", "validation_step", "forest_logps", "logits_of")
+"""Methods that use weights and are called from outside; none of them calls another."""
+
+
+class Assembly(NamedTuple):
+    """What is done to a module once its ranks know each other.
+
+    Attributes:
+        make: Returns the model, where it was not given.
+        shard: Spreads the weights of the module.
+        on_start: Called before training, and before a checkpoint is read, on every rank.
+        whole: Returns a whole model like the one that is trained, as the run began, in host memory.
+    """
+
+    whole: Callable[[], PreTrainedModel]
+    make: Callable[[], PreTrainedModel] | None = None
+    shard: Callable[[ForestModule], None] | None = None
+    on_start: Callable[[ForestModule], None] | None = None
 
 
 class OptimizerSettings(NamedTuple):
@@ -64,32 +83,83 @@ class ForestModule(pl.LightningModule):
     Subclasses add the loss of a batch; everything that a step of either objective needs is here.
     """
 
+    model: PreTrainedModel
+    head: ChunkedHead
+
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         *,
         optimizer: OptimizerSettings,
         num_steps: int,
         chunk_size: int,
         reset_token_id: int,
+        seed: int = 0,
+        assembly: Assembly | None = None,
     ) -> None:
         """Wrap `model`.
 
         Args:
-            model: A causal language model whose vocabulary has [RESET]; may carry LoRA.
+            model: A causal language model whose vocabulary has [RESET]; may carry LoRA. None: it
+                is made once the ranks know each other, by `assembly`.
             optimizer: See `OptimizerSettings`.
             num_steps: Optimiser steps of the run (the schedule ends there).
             chunk_size: Edges per pass through the output head.
             reset_token_id: Id of [RESET], for logging.
+            seed: Of what is random in a step (dropout).
+            assembly: How the model is made and cut where its weights are spread over ranks.
         """
         super().__init__()
-        self.model = model
+        self._assembly = assembly
+        if model is not None:
+            self._adopt(model)
         self.optimizer_settings = optimizer
         self.num_steps = num_steps
         self.chunk_size = chunk_size
         self.reset_token_id = reset_token_id
+        self.seed = seed
         self.strict_loading = False  # frozen weights are in no checkpoint, see on_save_checkpoint
         self._sums: dict[str, Tensor] = {}
+        self._is_last_micro = True
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.head = ChunkedHead(backbone_and_head(model).head)
+
+    def configure_model(self) -> None:
+        """Make the model, or spread its weights, where that takes all ranks. Idempotent."""
+        if self._assembly is None:
+            return
+        if self._assembly.make is not None and getattr(self, "model", None) is None:
+            self._adopt(self._assembly.make())
+        if self._assembly.shard is not None and not is_sharded(self.model):
+            self._assembly.shard(self)
+
+    def on_fit_start(self) -> None:
+        """Tell ZeRO-3 whose weights the head needs, then let `assembly` do what comes first."""
+        if any(hasattr(weight, "ds_id") for weight in self.head.head.parameters()):
+            import deepspeed
+
+            for weight in self.head.head.parameters():
+                deepspeed.zero.register_external_parameter(self.head, weight)
+        if self._assembly is not None and self._assembly.on_start is not None:
+            self._assembly.on_start(self)
+
+    def whole_model(self) -> PreTrainedModel:
+        """Return another model, whole, for the trained weights to enter; where they are spread."""
+        assert self._assembly is not None, "weights that are spread were made so by an assembly"
+        return self._assembly.whole()
+
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        """Let what is random follow from seed, step, micro-batch and rank alone.
+
+        So a resumed run draws as an undisturbed one, without any state in a checkpoint.
+        """
+        num_micro = self.trainer.accumulate_grad_batches
+        micro = batch_idx % num_micro
+        self._is_last_micro = micro == num_micro - 1
+        words = (self.seed, batch.step, micro, self.trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
     def hidden_states(self, forest: Forest) -> Tensor:
         """Return the hidden states of the edges' predictors: (E, D)."""
@@ -120,15 +190,22 @@ class ForestModule(pl.LightningModule):
         return cast("Tensor", output.last_hidden_state).flatten(0, 1)[forest.predictors]
 
     def forest_logps(self, forest: Forest) -> Tensor:
-        """Return the log-probability of each edge of a forest: (E,) in nats, fp32."""
-        _, head, softcap = backbone_and_head(self.model)
-        return edge_logps(
-            self.hidden_states(forest),
-            forest.targets,
-            head=head,
-            softcap=softcap,
-            chunk_size=self.chunk_size,
-        )
+        """Return the log-probability of each edge of a forest: (E,) in nats, fp32.
+
+        For callers from outside; steps of this module go by `logps_of` (see `ENTRIES`).
+        """
+        return self.logps_of(forest)
+
+    def logits_of(self, **inputs: Any) -> Any:
+        """Return what the model says to `inputs`, for callers from outside that decode."""
+        return self.model(**inputs)
+
+    def logps_of(self, forest: Forest) -> Tensor:
+        """Return what `forest_logps` does, within a step."""
+        softcap = backbone_and_head(self.model).softcap
+        states = self.hidden_states(forest)
+        _, logps = self.head(states, forest.targets, softcap=softcap, chunk_size=self.chunk_size)
+        return cast("Tensor", logps)
 
     def forest_loss(
         self, forest: Forest, *, ends: Sequence[int], loss: GroupLoss
@@ -141,18 +218,18 @@ class ForestModule(pl.LightningModule):
             loss: Of some consecutive groups.
         """
         if not torch.is_grad_enabled():
-            logps = self.forest_logps(forest)
+            logps = self.logps_of(forest)
             return loss(logps, slice(0, len(logps))), logps
-        _, head, softcap = backbone_and_head(self.model)
-        return head_loss(
+        softcap = backbone_and_head(self.model).softcap
+        found = self.head(
             self.hidden_states(forest),
             forest.targets,
-            head=head,
             softcap=softcap,
             ends=ends,
             chunk_size=self.chunk_size,
             loss=loss,
         )
+        return cast("tuple[Tensor, Tensor]", found)
 
     def scaled(self, loss_sum: Tensor, batch: StepBatch) -> Tensor:
         """Return what to call backward on, so that the step's gradient is that of sum / total.
@@ -173,7 +250,9 @@ class ForestModule(pl.LightningModule):
         """Log the finished step from its summed parts; subclasses give the names."""
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log once a step, after the last micro-batch."""
+        """Log once a step, after its last micro-batch; under DeepSpeed this comes after each."""
+        if not self._is_last_micro:
+            return
         sums, self._sums = self._sums, {}
         if self.trainer.world_size > 1:
             sums = {
@@ -218,7 +297,7 @@ class ForestModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, the random state, and which model it belongs to.
+        """Keep what is trained, and which model it belongs to.
 
         Frozen weights (the base under LoRA) come back from the model folder and are left out.
         """
@@ -228,24 +307,15 @@ class ForestModule(pl.LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
-        checkpoint["random_state"] = {
-            "torch": torch.get_rng_state(),
-            "numpy": np.random.get_state(),  # noqa: NPY002 -- libraries draw from the global state
-            "python": random.getstate(),
-        }
         checkpoint["model_identity"] = model_identity(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the random state, after making sure that the checkpoint is of this model.
+        """Make sure that the checkpoint is of this model.
 
         Raises:
             ValueError: If it was saved from another model.
         """
         check_identity(checkpoint, self.model)
-        state = checkpoint["random_state"]
-        torch.set_rng_state(state["torch"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-        random.setstate(state["python"])
 
 
 def check_identity(checkpoint: Mapping[str, Any], model: PreTrainedModel) -> None:
@@ -258,6 +328,11 @@ def check_identity(checkpoint: Mapping[str, Any], model: PreTrainedModel) -> Non
     if saved == here:
         return
     keys = sorted({*here, *(saved or {})})
+    # Weights that are spread over ranks are not read for a hash: then that is not compared.
+    if saved is not None and None in (saved.get("frozen_weights"), here["frozen_weights"]):
+        saved, here = ({**identity, "frozen_weights": None} for identity in (saved, here))
+    if saved == here:
+        return
     differs = [f"{k}: {(saved or {}).get(k)} there, {here.get(k)} here" for k in keys]
     differs = [
         line for line, k in zip(differs, keys, strict=True) if (saved or {}).get(k) != here.get(k)

@@ -93,7 +93,7 @@ class DPOModule(ForestModule):
         was_training = self.training
         self.eval()
         with torch.no_grad(), model.disable_adapter():
-            logps = path_logps(self.forest_logps(forest), forest.paths, forest.num_paths)
+            logps = path_logps(self.logps_of(forest), forest.paths, forest.num_paths)
         self.train(was_training)
         return logps
 

@@ -7,9 +7,10 @@ of one run, say) share it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from backtrack.modules.reference_table import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -45,15 +46,49 @@ WINDOW = 128
 SECONDS_BETWEEN_LINES = 60
 
 
+class Ranks(NamedTuple):
+    """What a rank knows of the others, where a forward takes all of them.
+
+    Attributes:
+        rank: Of this process.
+        count: Of all processes.
+        most: Returns the largest of a number that each rank gives.
+        first_says: Returns what the first rank gives.
+        barrier: Waits for all.
+    """
+
+    rank: int
+    count: int
+    most: Callable[[int], int]
+    first_says: Callable[[Any], Any]
+    barrier: Callable[[], None]
+
+
 def compute_table(
-    module: ForestModule, trees: Sequence[Tree], *, layout: str, pad_id: int, max_tokens: int
+    module: ForestModule,
+    trees: Sequence[Tree],
+    *,
+    layout: str,
+    pad_id: int,
+    max_tokens: int,
+    agree: Callable[[int], int] = int,
 ) -> dict[tuple[int, str], NDArray[np.float32]]:
-    """Return the log-probs of every path of `trees` under the module's model, without gradient."""
+    """Return the log-probs of every path of `trees` under the module's model, without gradient.
+
+    Args:
+        module: Its model is the reference.
+        trees: At least one.
+        layout: Of `PLANTERS`.
+        pad_id: Fills rows.
+        max_tokens: Of a row; one row is a forward.
+        agree: Forwards needed -> forwards to make; more are made in vain, for ranks that need them.
+    """
     table: dict[tuple[int, str], NDArray[np.float32]] = {}
     was_training = module.training
     module.eval()
     with torch.no_grad():
-        for row in pack([tree.num_tokens for tree in trees], max_tokens):
+        rows = pack([tree.num_tokens for tree in trees], max_tokens)
+        for row in itertools.islice(itertools.cycle(rows), agree(len(rows))):
             planted = [trees[number] for number in row]
             forest = PLANTERS[layout]([planted], pad_id=pad_id)
             moved = move(forest, module.device)
@@ -74,18 +109,20 @@ def reference_table(
     address: str,
     batches: BatchSettings,
     show_progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> ReferenceTable:
     """Return the reference's log-probs of `trees`, from the cache where it holds them.
 
     Args:
-        module: Before its first step: its model *is* the reference. Its forward must need no other
-            rank: each process computes other trees.
+        module: Before its first step: its model *is* the reference.
         trees: Every (epoch, example) of the run, validation included; at least one.
         cache_dir: Tables live in its folder `reference`.
         address: `models.model_fingerprint` of the reference, and the precision it is computed in.
         batches: Layout, padding and tokens of a forward pass.
         show_progress: Show a bar where standard error is a terminal; a line a minute is logged
             elsewhere.
+        ranks: Given where a forward takes all ranks, which then all call this and keep step; else
+            each process computes what no other one does.
 
     Raises:
         ValueError: If two examples have one id, or a log-prob is not a number.
@@ -94,12 +131,17 @@ def reference_table(
     index = index_trees(trees, fingerprint=address, dtype=dtype)
     folder = cache_dir / "reference" / index.key
     table = open_table(folder, index)
+    if ranks is not None and ranks.first_says(table is not None):
+        table = open_table(folder, index)  # this rank may have looked too early
     if table is not None:
         log.info("reference log-probs of %d trees read from %s", len(table), folder)
         return table
     log.info("computing the reference log-probs of %d trees", len(trees))
     with PartialTable(folder, index) as partial:
-        fill_table(partial, module, trees, batches=batches, show_progress=show_progress)
+        if ranks is None:
+            fill_table(partial, module, trees, batches=batches, show_progress=show_progress)
+        else:
+            _fill_in_step(partial, module, trees, batches, ranks)
         partial.finish()
     table = load_table(folder)
     assert table is not None
@@ -125,6 +167,27 @@ def fill_table(
                 if is_mine and not partial.is_computed(window):
                     values = _compute(module, [trees[number] for number in window], batches)
                     partial.write(window, values)
+
+
+def _fill_in_step(
+    partial: PartialTable,
+    module: ForestModule,
+    trees: Sequence[Tree],
+    batches: BatchSettings,
+    ranks: Ranks,
+) -> None:
+    """Compute what is missing, window by window and rank by rank, with equally many forwards."""
+    starts = range(0, len(trees), WINDOW)
+    windows = [range(first, min(first + WINDOW, len(trees))) for first in starts]
+    missing = ranks.first_says([window for window in windows if not partial.is_computed(window)])
+    for first in range(0, len(missing), ranks.count):
+        batch = missing[first : first + ranks.count]
+        window = batch[min(ranks.rank, len(batch) - 1)]  # a rank too many does the last one again
+        some = [trees[number] for number in window]
+        values = _compute(module, some, batches, agree=ranks.most)
+        if ranks.rank < len(batch):
+            partial.write(window, values)
+    ranks.barrier()
 
 
 def _reported(windows: Sequence[range], *, total: int, is_shown: bool) -> Iterator[range]:
@@ -155,7 +218,10 @@ def _reported(windows: Sequence[range], *, total: int, is_shown: bool) -> Iterat
 
 
 def _compute(
-    module: ForestModule, trees: Sequence[Tree], batches: BatchSettings
+    module: ForestModule,
+    trees: Sequence[Tree],
+    batches: BatchSettings,
+    agree: Callable[[int], int] = int,
 ) -> NDArray[np.float32]:
     table = compute_table(
         module,
@@ -163,6 +229,7 @@ def _compute(
         layout=batches.layout,
         pad_id=batches.pad_id,
         max_tokens=batches.max_tokens,
+        agree=agree,
     )
     found = [table[tree.epoch, tree.example_id] for tree in trees]
     broken = [tree for tree, values in zip(trees, found, strict=True) if np.isnan(values).any()]

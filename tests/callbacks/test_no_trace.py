@@ -59,7 +59,7 @@ def test_watching_logs_once_a_step_under_accumulation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_watching_on_two_ranks_ends_as_on_one(tmp_path):
-    ranks = ("trainer.devices=2", "trainer.strategy=ddp", f"paths.log_dir={tmp_path / 'two'}")
+    ranks = ("trainer.devices=2", "strategy=ddp", f"paths.log_dir={tmp_path / 'two'}")
     process = start_command("train", overrides_of(tmp_path, *WATCHED, *ranks))
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr

@@ -330,12 +330,10 @@ def test_nothing_is_measured_between_micro_batches_or_after_ctrl_c():
     assert seen == [2, 3]
 
 
-def test_weights_spread_over_ranks_are_refused():
-    module = sft_module(tiny_model())
-    next(module.parameters()).ds_shape = (1,)  # as ZeRO-3 marks them
-    trainer = SimpleNamespace(strategy=object(), is_global_zero=False)
-    with pytest.raises(ValueError, match=r"whole weights.*callbacks=default"):
-        SafetyEval(**SETTINGS).on_train_start(trainer, module)
+def test_weights_that_are_spread_give_the_figures_of_whole_ones(tmp_path):
+    whole, spread = Trainer(tmp_path), Trainer(tmp_path)
+    next(spread.module.model.parameters()).ds_shape = (1,)  # as ZeRO-3 marks them
+    assert spread.evaluate(2) == whole.evaluate(2)
 
 
 def test_watchers_say_that_they_need_what_they_watch():

@@ -175,7 +175,7 @@ def test_resumed_run_has_the_history_of_an_uninterrupted_one(
 def test_two_ranks_count_what_one_counts(tmp_path, max_prompts):
     more = (*WATCH, f"callbacks.safety_eval.max_prompts={max_prompts}", "optimizer.eps=1.0e-3")
     one = train(config_of(tmp_path / "one", *more, steps=2))
-    ranks = ("trainer.devices=2", "trainer.strategy=ddp")
+    ranks = ("trainer.devices=2", "strategy=ddp")
     process = start_command("train", overrides_of(tmp_path / "two", *more, *ranks, steps=2))
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr

@@ -227,23 +227,23 @@ def test_an_error_warns_without_text_and_training_goes_on(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("changes", [{"is_global_zero": False}, {"loggers": []}])
 def test_samples_are_decoded_by_rank_zero_and_for_a_board_only(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(sample_logger, "HFEngine", pytest.fail)
+    monkeypatch.setattr(sample_logger, "engine_of", pytest.fail)
     callback = SampleLogger(**SETTINGS)
     callback.on_train_start(trainer_of(tmp_path, **changes), sft_module(tiny_model()))
 
 
-def test_samples_of_sharded_weights_are_left_out_with_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sample_logger, "HFEngine", pytest.fail)
-    trainer, module = trainer_of(tmp_path), sft_module(tiny_model())
-    next(module.model.parameters()).ds_shape = torch.Size([1])  # as ZeRO-3 marks them
-    callback = SampleLogger(**SETTINGS)
-    for step in (0, 2, 4):
-        trainer.global_step = step
-        callback.on_train_start(trainer, module)
-        callback.on_train_batch_end(trainer, module, None, None, 1)
-    assert [r.getMessage() for r in caplog.records if r.name == sample_logger.__name__] == [
-        "sample_logger: weights are spread over ranks; no samples are logged"
-    ]
+@pytest.mark.parametrize("is_first", [True, False])
+def test_samples_of_weights_that_are_spread_are_those_of_whole_ones(tmp_path, is_first):
+    shown = []
+    for is_spread in (False, True):
+        folder = tmp_path / str(is_spread)
+        trainer, module = trainer_of(folder, is_global_zero=is_first), sft_module(tiny_model())
+        if is_spread:
+            next(module.model.parameters()).ds_shape = torch.Size([1])  # as ZeRO-3 marks them
+        SampleLogger(**SETTINGS).on_train_start(trainer, module)
+        shown.append(texts(trainer))
+    assert shown[0] == shown[1]
+    assert bool(shown[0]) == is_first
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""How a run whose weights are spread over ranks gets its model, and its reference.
+
+No rank may hold more than its share for longer than it takes to load, and every forward takes all
+ranks: what a run of whole weights does before `trainer.fit` happens here within it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from backtrack.build import make_base, prepare_model, untrained_model
+from backtrack.models import folder_fingerprint, model_fingerprint
+from backtrack.modules.base import ENTRIES, Assembly
+from backtrack.modules.reference import Ranks, reference_table
+from backtrack.tokens import reset_token_id
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from backtrack.data.module import ForestData
+    from backtrack.modules.base import ForestModule
+
+
+def sharded_parts(
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, data: ForestData, trainer: pl.Trainer
+) -> tuple[Any, Assembly]:
+    """Return the model where it is small enough to be made at once, and what is to be done with it.
+
+    A model with a path is loaded by every rank for its own share; one that is made from sizes is
+    the same on every rank by its seed, whole until it is cut.
+
+    Args:
+        cfg: Of a run under a strategy of `strategies.build.SHARDED`.
+        tokenizer: Of the run.
+        data: Gets the reference's log-probs where the objective needs them.
+        trainer: Of the run.
+
+    Raises:
+        ValueError: If `model.path` is no folder.
+    """
+    reset_id = reset_token_id(tokenizer)
+    if cfg.model.path is None:
+        base = make_base(cfg, tokenizer)
+        fingerprint, make = model_fingerprint(base), None
+        model = prepare_model(cfg, base, reset_id=reset_id)
+    else:
+        fingerprint, model = folder_fingerprint(cfg.model.path), None
+        make = partial(_load, cfg, tokenizer, trainer)
+    shard = partial(_shard, cfg) if cfg.strategy.name == "fsdp2" else None
+    on_start = None
+    if cfg.objective.name == "dpo" and cfg.objective.reference == "precomputed":
+        on_start = partial(_add_reference, cfg, data, fingerprint)
+    return model, Assembly(
+        partial(untrained_model, cfg, tokenizer), make=make, shard=shard, on_start=on_start
+    )
+
+
+def _load(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, trainer: pl.Trainer) -> Any:
+    """Return the model of a folder, under ZeRO-3 with each rank's share of it alone."""
+    spreading = None
+    if cfg.strategy.name != "fsdp2":
+        from transformers.integrations import HfDeepSpeedConfig
+
+        strategy: Any = trainer.strategy
+        # While this object lives, transformers and peft read weights into the shares of the ranks.
+        spreading = HfDeepSpeedConfig(strategy.config)
+    model = prepare_model(cfg, make_base(cfg, tokenizer), reset_id=reset_token_id(tokenizer))
+    del spreading
+    return model
+
+
+def _shard(cfg: DictConfig, module: ForestModule) -> None:
+    from backtrack.strategies.fsdp2 import shard_module
+
+    assert module.device_mesh is not None
+    shard_module(
+        module,
+        module.device_mesh["data_parallel"],
+        entries=ENTRIES,
+        reshard_after_forward=cfg.strategy.reshard_after_forward,
+        half=cfg.trainer.precision == "bf16-mixed",
+    )
+
+
+def _add_reference(
+    cfg: DictConfig, data: ForestData, fingerprint: str, module: ForestModule
+) -> None:
+    """Give `data` the log-probs of the model as it is now; every rank takes its part."""
+    trainer = module.trainer
+
+    def most(number: int) -> int:
+        given = torch.tensor(number, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(given, reduce_op="max"))
+
+    ranks = Ranks(
+        rank=trainer.global_rank,
+        count=trainer.world_size,
+        most=most,
+        first_says=trainer.strategy.broadcast,
+        barrier=lambda: trainer.strategy.barrier("the reference is computed"),
+    )
+    with trainer.precision_plugin.forward_context():
+        data.reference = reference_table(
+            module,
+            data.all_trees(),
+            cache_dir=Path(cfg.paths.cache_dir),
+            address=f"{fingerprint} {cfg.trainer.precision}",
+            batches=data.settings,
+            ranks=ranks,
+        )
