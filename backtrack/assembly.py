@@ -63,16 +63,16 @@ def sharded_parts(
 
 def _load(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, trainer: pl.Trainer) -> Any:
     """Return the model of a folder, under ZeRO-3 with each rank's share of it alone."""
-    spreading = None
-    if cfg.strategy.name != "fsdp2":
-        from transformers.integrations import HfDeepSpeedConfig
+    reset_id = reset_token_id(tokenizer)
+    if cfg.strategy.name == "fsdp2":
+        return prepare_model(cfg, make_base(cfg, tokenizer), reset_id=reset_id)
+    from backtrack.strategies.zero import adding_modules, spreading_while_loading
 
-        strategy: Any = trainer.strategy
-        # While this object lives, transformers and peft read weights into the shares of the ranks.
-        spreading = HfDeepSpeedConfig(strategy.config)
-    model = prepare_model(cfg, make_base(cfg, tokenizer), reset_id=reset_token_id(tokenizer))
-    del spreading
-    return model
+    strategy: Any = trainer.strategy
+    with spreading_while_loading(strategy.config):
+        base = make_base(cfg, tokenizer)
+    with adding_modules(base):
+        return prepare_model(cfg, base, reset_id=reset_id)
 
 
 def _shard(cfg: DictConfig, module: ForestModule) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from backtrack.sharding import whole_shape
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def add_reset(
         ValueError: If the model was trained with another id, or is sharded.
     """
     reset_id, ids = reset_token_id(tokenizer), set(tokenizer.get_vocab().values())
-    num_rows = len(_tables(model)[0])
+    num_rows = whole_shape(_tables(model)[0])[0]
     if not _needs_row(model, reset_id, num_rows):
         return
     real = sorted(i for i in ids if i < num_rows and i != reset_id)

@@ -8,8 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
-    from torch.nn import Parameter
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -17,9 +18,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_shape") for p in model.parameters())
 
 
-def whole_shape(parameter: Parameter) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of a weight over all ranks; ZeRO-3 leaves an empty tensor on each."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def register_foreign_weights(module: nn.Module, weights: Iterable[Tensor]) -> None:
+    """Let ZeRO-3 gather `weights` of other modules for the passes of `module`, which uses them.
+
+    It gathers a module's own weights when that is called. Without ZeRO-3 nothing is done.
+    """
+    for weight in weights:
+        if hasattr(weight, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, weight)
 
 
 def whole_weights(module: nn.Module, *, keeps: bool) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ that holds nothing but padding of a group, which the single row of [RESET] leave
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def to_universal(folder: Path, out: Path) -> Path:
         check=False,
     )
     if done.returncode or not (partial / _LATEST_UNIVERSAL).is_file():
+        shutil.rmtree(partial)
         raise ValueError(
             f"resume: DeepSpeed could not convert {folder} for another number of ranks "
             f"({' '.join(done.stderr.split())[-500:]}); resume on as many ranks as wrote it"
@@ -87,11 +89,16 @@ def loading_universal(engine: Any, folder: Path) -> Iterator[None]:
         folder: Whole, see `checkpoints.is_complete`.
 
     Raises:
-        ValueError: If the optimiser has another number of parameter groups.
+        ValueError: If it was another stage, or another number of parameter groups.
     """
     config, zero = engine._config, engine.optimizer
     tag = (folder / _LATEST_UNIVERSAL).read_text(encoding="utf-8").strip()
     state = torch.load(folder / tag / _OPTIMIZER, map_location="cpu", weights_only=False)
+    if (state["zero_stage"] == 3) != (engine.zero_optimization_stage() == 3):
+        raise ValueError(
+            f"resume: {folder} was written by ZeRO-{int(state['zero_stage'])}; only ZeRO-1 and 2 "
+            "read each other's checkpoints: give the strategy of that run"
+        )
     groups = zero.optimizer.param_groups
     if len(groups) != len(state["param_groups"]):
         raise ValueError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from backtrack.checkpoints import check, is_complete, read_manifest
-from backtrack.universal import to_universal
+from backtrack.checkpoints import check, is_complete, partial_of, read_manifest
+from backtrack.universal import loading_universal, to_universal
 from tests.zero_ranks import KINDS, run_ranks, saved
 
 needs_deepspeed = pytest.mark.skipif(
@@ -65,6 +66,32 @@ def test_universal_conversion_that_fails_leaves_the_last_one(converted, tmp_path
     with pytest.raises(ValueError, match=r"could not convert .*broken .*as many ranks as wrote it"):
         to_universal(broken, out)
     assert is_complete(out)
+    assert not partial_of(out).exists()
+
+
+@needs_deepspeed
+@pytest.mark.distributed
+def test_universal_checkpoint_is_refused_where_it_does_not_belong(converted):
+    folder, _ = converted
+
+    def engine(stage: int, num_groups: int) -> SimpleNamespace:
+        optimizer = SimpleNamespace(param_groups=[{}] * num_groups)
+        return SimpleNamespace(
+            _config=SimpleNamespace(load_universal_checkpoint=False),
+            optimizer=SimpleNamespace(optimizer=optimizer),
+            zero_optimization_stage=lambda: stage,
+        )
+
+    for kind, stage, num_groups, message in (
+        ("zero3", 2, 3, "was written by ZeRO-3"),
+        ("zero1", 3, 3, "was written by ZeRO-1"),
+        ("zero1", 2, 2, "saved with 3 groups of parameters, the optimiser has 2 here"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            loading_universal(engine(stage, num_groups), folder / f"{kind}.universal"),
+        ):
+            pass
 
 
 @needs_deepspeed

@@ -229,6 +229,8 @@ def main(job: str, folder: Path) -> None:
     else:
         import deepspeed
 
+        # Or it compiles a faster all-reduce first, which takes a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo")
     losses = {"save": save, "load": load, "shard": shard}[job](folder)
     if dist.get_rank() == 0:

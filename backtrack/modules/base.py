@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import get_cosine_schedule_with_warmup
 
 from backtrack.backbone import backbone_and_head, tree_attention_mask
@@ -18,7 +19,7 @@ from backtrack.data.forest import Forest, attention_allowed, is_causal
 from backtrack.flex import flex_masks
 from backtrack.head_loss import ChunkedHead
 from backtrack.models import model_identity
-from backtrack.sharding import is_sharded
+from backtrack.sharding import is_sharded, register_foreign_weights, whole_shape
 from backtrack.tree_attention import attends_by_tree, flatten
 
 if TYPE_CHECKING:
@@ -136,12 +137,11 @@ class ForestModule(pl.LightningModule):
             self._assembly.shard(self)
 
     def on_fit_start(self) -> None:
-        """Tell ZeRO-3 whose weights the head needs, then let `assembly` do what comes first."""
-        if any(hasattr(weight, "ds_id") for weight in self.head.head.parameters()):
-            import deepspeed
-
-            for weight in self.head.head.parameters():
-                deepspeed.zero.register_external_parameter(self.head, weight)
+        """Tell ZeRO-3 who uses whose weights, then let `assembly` do what comes first."""
+        register_foreign_weights(self.head, self.head.head.parameters())
+        for module in self.modules():
+            if isinstance(module, TrainableTokensLayer):  # its rows lie in a ParameterDict
+                register_foreign_weights(module, module.trainable_tokens_delta.parameters())
         if self._assembly is not None and self._assembly.on_start is not None:
             self._assembly.on_start(self)
 
@@ -274,10 +274,11 @@ class ForestModule(pl.LightningModule):
         groups: list[dict[str, Any]] = [
             {"params": rows, "weight_decay": 0.0, "lr": row_rate},
             {
-                "params": [p for p in trainable if p.ndim >= 2],
+                # Under ZeRO-3 a weight itself is flat.
+                "params": [p for p in trainable if len(whole_shape(p)) >= 2],
                 "weight_decay": settings.weight_decay,
             },
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trainable if len(whole_shape(p)) < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],

@@ -19,6 +19,27 @@ from backtrack.checkpoints import (
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
+
+
+def on_first_rank(strategy: Any, action: Callable[[], Any]) -> None:
+    """Do something on rank zero while the others wait; what it raises is raised by all of them.
+
+    Raises:
+        OSError: If `action` raised any error: the others must not wait for a rank that has gone.
+    """
+    problem = None
+    if strategy.is_global_zero:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the others have to know
+            problem = f"{type(error).__name__}: {error}"
+    problem = strategy.broadcast(problem)
+    if problem is not None:
+        raise OSError(
+            f"checkpoint: rank 0 could not do its part ({problem}); the one saved before is "
+            "untouched. Look for free space and permissions, then start again with resume=auto"
+        )
 
 
 class StagedSaving:
@@ -44,9 +65,7 @@ class StagedSaving:
         """
         strategy: Any = self
         target = Path(strategy.broadcast(filepath))
-        if strategy.is_global_zero:
-            fresh_partial(target)
-        strategy.barrier("there is room for a checkpoint")
+        on_first_rank(strategy, lambda: fresh_partial(target))
         partial = partial_of(target)
         super().save_checkpoint(checkpoint, partial, storage_options)  # type: ignore[misc]
         strategy.barrier("a checkpoint is written")
@@ -55,12 +74,13 @@ class StagedSaving:
         if strategy.world_size > 1:
             parts = [None] * strategy.world_size
             dist.all_gather_object(parts, mine)
-        if strategy.is_global_zero:
-            sums = {name: entry for part in parts for name, entry in part.items()}
-            kind, world_size = self.checkpoint_kind, strategy.world_size
-            write_manifest(partial, sums, kind=kind, world_size=world_size)
+        sums = {name: entry for part in parts for name, entry in part.items()}
+
+        def seal() -> None:
+            write_manifest(partial, sums, kind=self.checkpoint_kind, world_size=strategy.world_size)
             swap_into_place(partial, target)
-        strategy.barrier("a checkpoint is in its place")
+
+        on_first_rank(strategy, seal)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None

@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed import ops
+from deepspeed.runtime.zero import GatheredParameters, partition_parameters
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from transformers.integrations import HfDeepSpeedConfig
 
 from backtrack.checkpoints import check, read_manifest
-from backtrack.strategies.staged import StagedSaving
+from backtrack.strategies.staged import StagedSaving, on_first_rank
 from backtrack.universal import loading_universal, to_universal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from datetime import timedelta
+
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +53,17 @@ class ZeROStrategy(StagedSaving, DeepSpeedStrategy):
         if read_manifest(path).world_size == self.world_size:
             return super().load_checkpoint(path, weights_only)
         universal = path.with_name("universal.ckpt")
-        if self.is_global_zero:
-            check(path)
-            log.info("resuming on %d ranks: converting %s", self.world_size, path)
-            to_universal(path, universal)
-        self.barrier("the checkpoint is converted")
+        check(path, rank=self.global_rank, num_ranks=self.world_size)
+        self.barrier("the checkpoint is sound")
+        log.info("resuming on %d ranks: converting %s", self.world_size, path)
+        on_first_rank(self, lambda: to_universal(path, universal))
         with loading_universal(self.deepspeed_engine, universal):
             # Past `StagedSaving`: it has just been written.
-            return DeepSpeedStrategy.load_checkpoint(self, universal, weights_only)
+            state = DeepSpeedStrategy.load_checkpoint(self, universal, weights_only)
+        self.barrier("the checkpoint is read")
+        if self.is_global_zero:
+            shutil.rmtree(universal, ignore_errors=True)  # as large as what it was made from
+        return state
 
 
 class CPUZeROStrategy(ZeROStrategy):
@@ -67,6 +77,8 @@ class CPUZeROStrategy(ZeROStrategy):
     def setup_environment(self) -> None:
         """Start the process group, without asking for CUDA."""
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # Its collectives over shared memory would be compiled at first use; gloo does as well.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super(DDPStrategy, self).setup_environment()
         self.setup_distributed()
 
@@ -79,6 +91,30 @@ class CPUZeROStrategy(ZeROStrategy):
     def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
         """Leave the batch where it is: `cpu:1` would be another device than `cpu` to torch."""
         return batch
+
+
+@contextmanager
+def spreading_while_loading(config: Any) -> Iterator[None]:
+    """Let transformers read weights into the shares of the ranks (ZeRO-3)."""
+    live = HfDeepSpeedConfig(config)  # transformers asks whether it still lives
+    yield
+    del live
+
+
+@contextmanager
+def adding_modules(model: PreTrainedModel) -> Iterator[None]:
+    """Let LoRA be put on a model whose weights are spread: the trained rows are read whole.
+
+    What is added is not spread at once, or its first values would be set on empty shares; the
+    engine spreads it. peft's own way takes CUDA for granted.
+    """
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    partition_parameters.shutdown_init_context()
+    try:
+        with GatheredParameters([table.weight for table in tables]):
+            yield
+    finally:
+        partition_parameters.restore_init_context()
 
 
 def make_zero_strategy(
