@@ -100,7 +100,7 @@ def _add_reference(
 
     ranks = Ranks(
         rank=trainer.global_rank,
-        count=trainer.world_size,
+        size=trainer.world_size,
         most=most,
         first_says=trainer.strategy.broadcast,
         barrier=lambda: trainer.strategy.barrier("the reference is computed"),

@@ -209,6 +209,11 @@ def _joint_problems(cfg: DictConfig) -> list[str]:
             f"sources are {', '.join(map(str, names))}; expected one weight for each, or null"
         )
     problems += _strategy_problems(cfg)
+    if OmegaConf.select(cfg, "callbacks.preemption.requeue") and cfg.resume is None:
+        problems.append(
+            "callbacks.preemption.requeue: a requeued job would start anew; expected resume=auto "
+            "beside it, or false"
+        )
     return problems
 
 

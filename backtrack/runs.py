@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from backtrack.checkpoints import newest_complete
+from backtrack.launch import agree, launch_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +25,10 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 MODEL = "model"
 RUN_DIR_VARIABLE = "BACKTRACK_RUN_DIR"
-"""Names the folder of a run for the ranks that it, or a launcher such as torchrun, starts."""
+"""Names the folder of a run: for the ranks that it starts, or by hand."""
 
 _STAMP, _STAMP_LENGTH = "%Y-%m-%d_%H-%M-%S", 19
+_STAMP_FORM = re.compile(r"[\d-]{10}_[\d-]{8}")
 
 # Keys that do not change what a run computes: a run may go on under others. The batches of a step
 # follow from the seed and its number alone, so that the number of ranks may change as well.
@@ -56,19 +59,30 @@ class Run(NamedTuple):
 
 
 def open_run(cfg: DictConfig) -> Run:
-    """Return a new run folder, or the one that `cfg.resume` means.
+    """Return a new run folder, or the one that `cfg.resume` means; all ranks get the same.
 
     Raises:
         ValueError: If the named run has no checkpoint, or was made with another configuration.
     """
+
+    def decide() -> tuple[str, str | None, bool]:
+        run = _choose_run(cfg)
+        checkpoint = None if run.checkpoint is None else str(run.checkpoint)
+        return str(run.folder), checkpoint, run.is_complete
+
+    folder, checkpoint, is_complete = agree(decide)
+    return Run(Path(folder), Path(checkpoint) if checkpoint else None, is_complete)
+
+
+def _choose_run(cfg: DictConfig) -> Run:
     inherited = os.environ.get(RUN_DIR_VARIABLE)
     if inherited:
         return _open_inherited(Path(inherited), cfg)
-    if _num_launched() > 1:
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started > 1 and launch_of(os.environ) is None:
         raise ValueError(
-            f"{RUN_DIR_VARIABLE}: {_num_launched()} processes were launched for one run, and none "
-            "can know the folder of another; set this environment variable to a folder that all "
-            "of them share"
+            f"WORLD_SIZE: {num_started} processes were started by hand for one run, and none can "
+            f"know the folder of another; use torchrun, or set {RUN_DIR_VARIABLE} to one folder"
         )
     if cfg.resume is None:
         return Run(new_folder(_home(cfg)), None)
@@ -104,13 +118,6 @@ def _check_agrees(folder: Path, cfg: DictConfig) -> None:
         )
 
 
-def _num_launched() -> int:
-    """Return how many processes torchrun or SLURM started; Lightning's own inherit the folder."""
-    counts = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
-    is_batch = os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    return max(int(counts[0]), int(counts[1]) if is_batch else 1)
-
-
 def is_first_rank() -> bool:
     """Return whether this process writes what a run has once: config, report, model."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0
@@ -119,14 +126,27 @@ def is_first_rank() -> bool:
 @contextmanager
 def shared_with_ranks(folder: Path) -> Iterator[None]:
     """Let the processes that are started meanwhile take `folder` as theirs."""
-    before = os.environ.get(RUN_DIR_VARIABLE)
-    os.environ[RUN_DIR_VARIABLE] = str(folder.resolve())
+    with _variable_set(str(folder.resolve())):
+        yield
+
+
+@contextmanager
+def inner_run() -> Iterator[None]:
+    """Let a run that another one needs first have a folder of its own, not the other one's."""
+    with _variable_set(None):
+        yield
+
+
+@contextmanager
+def _variable_set(value: str | None) -> Iterator[None]:
+    before = os.environ.pop(RUN_DIR_VARIABLE, None)
+    if value is not None:
+        os.environ[RUN_DIR_VARIABLE] = value
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[RUN_DIR_VARIABLE]
-        else:
+        os.environ.pop(RUN_DIR_VARIABLE, None)
+        if before is not None:
             os.environ[RUN_DIR_VARIABLE] = before
 
 
@@ -150,8 +170,15 @@ def _runs_of(cfg: DictConfig) -> list[Path]:
 
 
 def _age(folder: Path) -> tuple[str, int]:
-    """Return what orders run folders by time: `<time>-10` is newer than `<time>-9`."""
+    """Return what orders run folders by time: `<time>-10` is newer than `<time>-9`.
+
+    A folder that was named by hand is as old as the configuration in it.
+    """
     stamp, attempt = folder.name[:_STAMP_LENGTH], folder.name[_STAMP_LENGTH + 1 :]
+    if _STAMP_FORM.fullmatch(stamp) is None:
+        path = folder / CONFIG_FILE
+        began = path.stat().st_mtime if path.is_file() else 0.0
+        stamp, attempt = time.strftime(_STAMP, time.localtime(began)), ""
     return stamp, int(attempt) if attempt.isdecimal() else 0
 
 
@@ -218,7 +245,7 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
         if not _is_volatile(key) and saved.get(key) != here.get(key)
     ]
     # A checkpoint is of one way to cut weights and moments.
-    ways = [_WAYS.get(flat.get("strategy.name"), "whole") for flat in (saved, here)]
+    ways = [_WAYS.get(str(flat.get("strategy.name")), "whole") for flat in (saved, here)]
     return sorted(differing + ["strategy.name"] * (ways[0] != ways[1]))
 
 

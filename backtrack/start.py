@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from backtrack.config import compose_config
 from backtrack.data.world import load_world
-from backtrack.runs import CONFIG_FILE, MODEL, load_config
+from backtrack.launch import agree, launch_of
+from backtrack.runs import CONFIG_FILE, MODEL, inner_run, load_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
+
+_RANKS = ("accelerator", "devices", "num_nodes")
 
 
 def resolve_start(cfg: DictConfig, train: Callable[[DictConfig], Any]) -> DictConfig:
@@ -36,19 +40,26 @@ def resolve_start(cfg: DictConfig, train: Callable[[DictConfig], Any]) -> DictCo
     if cfg.model.path is not None or cfg.start_from is None:
         return cfg
     cfg = cfg.copy()
-    found = [folder for folder in _candidates(cfg) if _fits(folder, cfg)]
-    if found:
-        newest = max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    newest = agree(lambda: _newest(cfg))
+    if newest is not None:
         log.info("starting from %s", newest)
-        cfg.model.path = str(newest)
+        cfg.model.path = newest
         return cfg
     log.info("no %s model was left here; training it first", cfg.start_from)
     first = compose_config("train", _overrides(cfg))
-    result = train(first)
+    with inner_run():
+        result = train(first)
     if result.model is None:
         raise ValueError(f"start_from: the run of {cfg.start_from} was interrupted")
     cfg.model.path = str(result.model.resolve())  # as `_candidates` names it next time
     return cfg
+
+
+def _newest(cfg: DictConfig) -> str | None:
+    found = [folder for folder in _candidates(cfg) if _fits(folder, cfg)]
+    if not found:
+        return None
+    return str(max(found, key=lambda folder: (folder / "config.json").stat().st_mtime))
 
 
 def _overrides(cfg: DictConfig) -> list[str]:
@@ -58,6 +69,9 @@ def _overrides(cfg: DictConfig) -> list[str]:
         copied += [f"data.world.{key}={value}" for key, value in cfg.data.world.items()]
     if cfg.resume == "auto":
         copied.append("resume=auto")
+    if launch_of(os.environ) is not None:  # all ranks are there already, and train this as well
+        copied.append(f"strategy={cfg.strategy.name}")
+        copied += [f"trainer.{key}={cfg.trainer[key]}" for key in _RANKS]
     return [
         f"+experiment={cfg.start_from}",
         f"seed={cfg.seed}",

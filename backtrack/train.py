@@ -6,17 +6,20 @@ Reads as the object graph: data, then model, then module, then trainer.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from backtrack import CONF_DIR, runs
+from backtrack import CONF_DIR, faults, runs
 from backtrack.assembly import sharded_parts
 from backtrack.build import (
     make_base,
@@ -32,6 +35,7 @@ from backtrack.checks import check_values
 from backtrack.config import ConfigError, check_command_line
 from backtrack.cpu import tune_for_training
 from backtrack.data.world import make_world, save_world
+from backtrack.launch import error_line, launch_problems, multirun_problem
 from backtrack.models import model_fingerprint
 from backtrack.modules.reference import reference_table
 from backtrack.saving import export_state, save_folder
@@ -54,26 +58,28 @@ class TrainResult(NamedTuple):
 
     Attributes:
         folder: Of the run.
-        model: The trained model as a plain Hugging Face folder; None after Ctrl-C.
+        model: The trained model as a plain Hugging Face folder; None after a signal.
         metrics: Last logged value of each metric.
-        was_interrupted: Whether Ctrl-C ended the run.
+        was_interrupted: Whether a signal ended the run.
+        exit_code: What the process then ends with: 128 and the number of the signal.
     """
 
     folder: Path
     model: Path | None
     metrics: dict[str, float]
     was_interrupted: bool = False
+    exit_code: int = 0
 
 
 def train(cfg: DictConfig) -> TrainResult:
-    """Return the run that `cfg` describes, trained to its end or to Ctrl-C.
+    """Return the run that `cfg` describes, trained to its end or to a signal.
 
     Raises:
         ConfigError: With every problem of the configuration.
         ValueError: If data, tokenizer, model or checkpoint do not fit; before weights load wherever
             that can be known.
     """
-    problems = check_values(cfg)
+    problems = [*check_values(cfg), *launch_problems(cfg, os.environ)]
     if problems:
         raise ConfigError(problems)
     cfg = resolve_start(cfg.copy(), train)
@@ -96,8 +102,10 @@ def train(cfg: DictConfig) -> TrainResult:
     with runs.shared_with_ranks(run.folder):
         _fit(trainer, module, data, run.checkpoint)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if trainer.global_step < data.num_steps and _was_interrupted(trainer, data.num_steps):
-        return TrainResult(run.folder, None, metrics, was_interrupted=True)
+    if trainer.global_step < data.num_steps:
+        code = _exit_code(trainer, data.num_steps)
+        if code:
+            return TrainResult(run.folder, None, metrics, was_interrupted=True, exit_code=code)
     is_saved = data.num_steps % cfg.trainer.save_every_n_steps == 0
     if not (is_saved and is_complete(run.folder / runs.CHECKPOINT)):
         trainer.save_checkpoint(run.folder / runs.CHECKPOINT, weights_only=False)
@@ -110,7 +118,10 @@ def _make_module(
     cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, data: ForestData, trainer: pl.Trainer
 ) -> ForestModule:
     """Return the module of a run; `data` has the reference's log-probs then, or will have."""
-    sizes = {"num_steps": data.num_steps, "reset_id": reset_token_id(tokenizer)}
+    sizes: dict[str, Any] = {
+        "num_steps": data.num_steps,
+        "reset_id": reset_token_id(tokenizer),
+    }
     if cfg.strategy.name in SHARDED:
         model, assembly = sharded_parts(cfg, tokenizer, data, trainer)
         return make_module(cfg, model, assembly=assembly, **sizes)
@@ -123,13 +134,13 @@ def _make_module(
     return module
 
 
-def _was_interrupted(trainer: pl.Trainer, num_steps: int) -> bool:
-    """Return whether Ctrl-C ended a run early, and not a callback that had seen enough."""
+def _exit_code(trainer: pl.Trainer, num_steps: int) -> int:
+    """Return the exit code of a run that a signal ended early; 0 if a callback had seen enough."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    by_hand = any(getattr(callback, "was_interrupted", False) for callback in callbacks)
-    then = "; go on with resume=auto" if by_hand else " by a callback; its model is saved"
+    code = max((getattr(callback, "exit_code", 0) for callback in callbacks), default=0)
+    then = "; go on with resume=auto" if code else " by a callback; its model is saved"
     log.warning("stopped at step %d of %d%s", trainer.global_step, num_steps, then)
-    return by_hand
+    return code
 
 
 def _add_reference(
@@ -192,14 +203,25 @@ def _fit(
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
 def _main(cfg: DictConfig) -> float | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        problem = multirun_problem(cfg, os.environ)
+        if problem is not None:
+            sys.exit(error_line(ConfigError([problem]), os.environ))
     try:
-        result = train(cfg)
+        with faults.die_with_parent():
+            result = train(cfg)
     except (ValueError, OSError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")  # here: Hydra would print a traceback
+        sys.exit(error_line(error, os.environ))  # here: Hydra would print a traceback
+    except RuntimeError as error:
+        lost = faults.lost_rank(error)
+        if lost is None:
+            raise
+        sys.exit(error_line(RuntimeError(lost), os.environ))
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)
     if result.was_interrupted:
-        sys.exit(130)
+        # Lightning's launcher kills rank zero when another rank ends with an error before it.
+        sys.exit(result.exit_code if runs.is_first_rank() else 0)
     if runs.is_first_rank():
         print(f"model: {result.model}")
     return result.metrics.get("val/loss")
@@ -211,7 +233,7 @@ def main() -> None:
         check_command_line("train", sys.argv[1:])
         _main()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error, os.environ))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_config_names_the_experiments_that_exist():
             "data.path: no data is named",
         ),
         (("+data.weights.knitting=1",), "data.weights: they are of"),
-        (("trainer.strategy=ddp_spawn",), "trainer.strategy: ddp_spawn"),
+        (("trainer.devices=2",), "strategy: single runs on one device"),
     ],
 )
 def test_config_finds_problems_between_keys(overrides, said):

@@ -243,6 +243,26 @@ def test_launch_script_is_bash_and_its_command_is_accepted(tmp_path):
     assert asked["signal"] == "SIGUSR1@180"
 
 
+GUIDE = (ROOT / "docs/scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+@pytest.mark.parametrize(
+    "words", re.findall(r"^ *torchrun .*-m backtrack\.train (.*)$", GUIDE, re.M)
+)
+def test_launch_documented_torchrun_is_accepted(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in re.findall(r"model\.path=(\S+)", words):  # what an earlier command leaves
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").touch()
+        (tmp_path / folder / "model.safetensors").touch()
+    check_command_line("train", words.split())
+
+
+def test_launch_documented_torchrun_is_found():
+    assert GUIDE.count("torchrun --standalone") == 2
+    assert GUIDE.count("torchrun --nnodes=4") == 1
+
+
 def ranks_of(launcher, overrides):
     """Run two ranks to their end; return what they print, errors last."""
     settings = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -69,6 +69,15 @@ def test_runs_resume_auto_recognises_a_complete_run(tmp_path):
     assert runs.open_run(config(tmp_path, resume="auto")).is_complete
 
 
+def test_runs_that_were_named_by_hand_are_as_old_as_their_configuration(tmp_path):
+    named = make_run(tmp_path, "job-481234")
+    os.utime(named / runs.CONFIG_FILE, (0, 0))
+    stamped = make_run(tmp_path, "2025-01-01_00-00-00")
+    assert runs.open_run(config(tmp_path, resume="auto")).folder == stamped
+    os.utime(named / runs.CONFIG_FILE)
+    assert runs.open_run(config(tmp_path, resume="auto")).folder == named
+
+
 def test_runs_agree_whatever_is_logged_and_when_it_is_validated(tmp_path):
     made = make_run(tmp_path, "2025-01-01_00-00-00")
     cfg = config(
@@ -111,10 +120,9 @@ def test_runs_ranks_of_a_resumed_run_take_its_checkpoint(tmp_path):
         assert runs.open_run(config(tmp_path)).checkpoint is None
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS"])
-def test_runs_that_a_launcher_starts_must_be_told_their_folder(tmp_path, monkeypatch, name):
-    monkeypatch.setenv(name, "4")
-    with pytest.raises(ValueError, match="BACKTRACK_RUN_DIR: 4 processes"):
+def test_runs_of_processes_started_by_hand_must_be_told_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE: 4 processes .* BACKTRACK_RUN_DIR"):
         runs.open_run(config(tmp_path))
     monkeypatch.setenv(runs.RUN_DIR_VARIABLE, str(tmp_path / "new"))
     assert runs.open_run(config(tmp_path)).folder.is_dir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from backtrack.data.batching import StepBatch, deal, make_batch, step_weight
 from backtrack.data.examples import Recipe, make_tree
+from backtrack.faults import leave_signals_to_the_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,11 +134,6 @@ class StepLoader(DataLoader[StepBatch]):
             if batch is None:
                 return
             yield batch
-
-
-def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    """Let a worker live through Ctrl-C, which ends a run only after its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Trees(Sequence["Tree"]):
@@ -270,7 +265,7 @@ class ForestData(pl.LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.settings.num_workers,
-            worker_init_fn=_leave_ctrl_c_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
             generator=torch.Generator(),  # or each new iterator would draw from the global state
             pin_memory=torch.cuda.is_available(),
         )

@@ -159,9 +159,10 @@ class SlotRunner:
         forward: Any = None,
         is_shared: bool = False,
     ) -> None:
-        self._model, self._backbone = model, backbone_and_head(model).backbone
+        self._model = model
+        self._backbone: Any = backbone_and_head(model).backbone
         self._forward = model if forward is None else forward
-        self._ahead = model
+        self._ahead: Any = model
         if is_shared:
             # The logits of one place each, which nobody reads, so that the head runs everywhere.
             self._backbone = partial(self._forward, logits_to_keep=1)

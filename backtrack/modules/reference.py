@@ -51,14 +51,14 @@ class Ranks(NamedTuple):
 
     Attributes:
         rank: Of this process.
-        count: Of all processes.
+        size: Number of processes.
         most: Returns the largest of a number that each rank gives.
         first_says: Returns what the first rank gives.
         barrier: Waits for all.
     """
 
     rank: int
-    count: int
+    size: int
     most: Callable[[int], int]
     first_says: Callable[[Any], Any]
     barrier: Callable[[], None]
@@ -180,8 +180,8 @@ def _fill_in_step(
     starts = range(0, len(trees), WINDOW)
     windows = [range(first, min(first + WINDOW, len(trees))) for first in starts]
     missing = ranks.first_says([window for window in windows if not partial.is_computed(window)])
-    for first in range(0, len(missing), ranks.count):
-        batch = missing[first : first + ranks.count]
+    for first in range(0, len(missing), ranks.size):
+        batch = missing[first : first + ranks.size]
         window = batch[min(ranks.rank, len(batch) - 1)]  # a rank too many does the last one again
         some = [trees[number] for number in window]
         values = _compute(module, some, batches, agree=ranks.most)

@@ -19,7 +19,7 @@ from deepspeed import ops
 from deepspeed.runtime.zero import GatheredParameters, partition_parameters
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from backtrack.checkpoints import check, read_manifest
 from backtrack.strategies.staged import StagedSaving, on_first_rank
@@ -96,7 +96,7 @@ class CPUZeROStrategy(ZeROStrategy):
 @contextmanager
 def spreading_while_loading(config: Any) -> Iterator[None]:
     """Let transformers read weights into the shares of the ranks (ZeRO-3)."""
-    live = HfDeepSpeedConfig(config)  # transformers asks whether it still lives
+    live: Any = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # transformers asks whether it still lives
     yield
     del live
 
@@ -169,5 +169,5 @@ def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in more.items():
         old = merged.get(key)
         nested = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merged(old, value) if nested else value
+        merged[key] = _merged(old or {}, value) if nested else value
     return merged
