@@ -208,7 +208,7 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
     num_micro = section.accumulate_grad_batches
     # Deterministic mode would fill each new tensor with NaN first, to show who reads unset memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=section.accelerator,
         devices=section.devices,
         num_nodes=section.num_nodes,
@@ -231,6 +231,10 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
         # Engines that write a folder do without; see strategies.staged.
         plugins=[AtomicCheckpointIO()] if cfg.strategy.name in ("single", "ddp") else [],
     )
+    # What goes into the model is ids. What is float in a batch, weights and the reference's
+    # log-probs, goes into the loss: in bf16 a log-prob of -300 would be off by one.
+    trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+    return trainer
 
 
 def _callbacks(cfg: DictConfig) -> list[pl.Callback]:

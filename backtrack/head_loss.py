@@ -127,6 +127,7 @@ class _HeadLoss(torch.autograd.Function):
                     made = _Chunk(states[chunk], targets[chunk], head, softcap)
                 by_states[chunk], *parts = made.gradients(slope, weights)
                 by_weights = [_added(old, new) for old, new in zip(by_weights, parts, strict=True)]
+                del parts  # of the size of the head: the next ones are made beside the sum alone
                 made = None
         ctx.gradients = [
             by_states,

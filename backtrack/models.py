@@ -133,7 +133,7 @@ def load_model(
     problems = model_problems({name: getattr(spec, name) for name in spec.__slots__})
     if problems:
         raise ValueError("\n".join(problems))
-    config = _make_config(spec, tokenizer) if spec.path is None else _load_config(spec, spec.path)
+    config = _make_config(spec, tokenizer) if spec.path is None else load_config(spec, spec.path)
     settings = {
         "config": config,
         "dtype": getattr(torch, spec.dtype),
@@ -147,11 +147,11 @@ def load_model(
     else:
         model = _load_weights(spec.path, revision=spec.revision, **settings)
     add_reset(model, tokenizer, is_new=spec.reset_token is None, vocab_multiple=spec.vocab_multiple)
-    _checkpoint_layers(model, float(spec.gradient_checkpointing))
+    checkpoint_layers(model, float(spec.gradient_checkpointing))
     return cast("PreTrainedModel", model.eval())
 
 
-def _checkpoint_layers(model: Any, share: float) -> None:
+def checkpoint_layers(model: Any, share: float) -> None:
     """Recompute the activations of this share of the layers, evenly spread, when going backward."""
     if share == 0:
         return
@@ -255,7 +255,12 @@ def _make_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     )
 
 
-def _load_config(spec: ModelSpec, path: str) -> PreTrainedConfig:
+def load_config(spec: ModelSpec, path: str) -> PreTrainedConfig:
+    """Return the config of a folder or hub model.
+
+    Raises:
+        ValueError: If it cannot be found.
+    """
     try:
         config = AutoConfig.from_pretrained(
             _expand(path), revision=spec.revision, trust_remote_code=spec.trust_remote_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backtrack.checks import RULES, check_values
+from backtrack.checks import RULES, STRATEGIES, check_values
 from backtrack.config import ConfigError, check_command_line, compose_config
 from tests.tiny_runs import config_of, overrides_of, start_command
 
@@ -123,7 +123,13 @@ def test_config_rules_name_keys_that_exist():
     sft, dpo = (compose_config("train", [f"+experiment=tiny_{name}"]) for name in ("sft", "dpo"))
     for key in RULES:
         section, name = key.rsplit(".", 1) if "." in key else ("", key)
-        nodes = [cfg[section] if "." not in section and section else None for cfg in (sft, dpo)]
+        runs = (sft, dpo)
+        if section == "strategy":
+            runs = [
+                compose_config("train", ["+experiment=tiny_sft", f"strategy={name}"])
+                for name in STRATEGIES
+            ]
+        nodes = [cfg[section] if "." not in section and section else None for cfg in runs]
         if section and all(node is not None for node in nodes):
             assert any(name in node for node in nodes), key
     assert check_values(sft) == check_values(dpo) == []

@@ -13,7 +13,7 @@ from backtrack.config import ConfigError, check_command_line, compose_config
 from backtrack.memory_model import memory
 from backtrack.plan import job_of, make_empty, plan, shape_of
 from backtrack.plan_job import STRATEGIES
-from backtrack.plan_search import Limits, smallest_change
+from backtrack.plan_search import Limits, changes_of, smallest_change
 from tests.tiny import tiny_model
 from tests.tiny_runs import SMALL_WORLD
 
@@ -45,7 +45,7 @@ def _no_network(monkeypatch):
     def refuse(spec, path):
         raise AssertionError(f"{path} is asked of the hub")
 
-    monkeypatch.setattr(planning, "_load_config", refuse)
+    monkeypatch.setattr(planning, "load_config", refuse)
 
 
 def test_plan_counts_the_parameters_of_llama(llama_shape):
@@ -118,6 +118,13 @@ def test_plan_change_is_the_smallest(llama_shape):
     overrides, changed = smallest_change(job, Limits(needed - 1, 0), largest=3074)
     assert len(overrides.split()) == 1
     assert changed.micro == 2 * job.micro  # costs no time, and no other GPU
+
+
+def test_plan_changes_set_no_field_twice(llama_shape):
+    job = llama_job(llama_shape)
+    sets = [[f for change in some for f in change.values] for some in changes_of(job, largest=3074)]
+    assert len(sets) > 100
+    assert all(len(set(fields)) == len(fields) for fields in sets)
 
 
 def test_plan_gives_up_where_nothing_helps(llama_shape):

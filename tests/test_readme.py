@@ -16,6 +16,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m backtrack\.(\w+)([^\n`#]*)")
 MAIN = {"train", "show", "generate", "prepare", "export", "demo", "fit_judge", "filter"} | {
     "calibrate",
+    "plan",
     "sweep",
 }
 CHECKS = {"generate": generate.check_arguments, "fit_judge": fit_judge.check_arguments}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backtrack.build import make_tokenizer, model_spec
+from backtrack.build import make_tokenizer, make_trainer, model_spec
 from backtrack.config import ConfigError
 from backtrack.models import load_model
 from backtrack.train import train
@@ -227,3 +227,12 @@ def test_train_in_half_precision_clips_its_gradients(tmp_path, precision):
     cfg = config_of(tmp_path, f"trainer.precision={precision}", "trainer.max_steps=1")
     cfg.trainer.gradient_clip_val = 1.0
     assert train(cfg).metrics["train/loss"] > 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_what_the_loss_reads_stays_fp32_in_any_precision(tmp_path, precision):
+    cfg = config_of(tmp_path, f"trainer.precision={precision}", f"paths.run_dir={tmp_path}")
+    trainer = make_trainer(cfg, num_steps=4)
+    given = {"reference_logps": torch.tensor([-300.7])}
+    kept = trainer.precision_plugin.convert_input(given)["reference_logps"]
+    assert kept.dtype == torch.float32
