@@ -10,10 +10,12 @@ from omegaconf import DictConfig
 
 from backtrack import CONF_DIR, runs
 from backtrack.build import make_tokenizer, untrained_model
+from backtrack.card import about_run
 from backtrack.checkpoints import newest_complete
 from backtrack.config import ConfigError, check_command_line
 from backtrack.consolidate import consolidated
 from backtrack.data.world import make_world, save_world
+from backtrack.models import push_folder
 from backtrack.modules.base import check_identity
 from backtrack.saving import check_free, export_state
 
@@ -23,7 +25,8 @@ PREFIX = "model."  # ForestModule keeps the model under this name
 def export(cfg: DictConfig) -> Path:
     """Write what `cfg.checkpoint` holds as a Hugging Face folder to `cfg.out`, and return it.
 
-    LoRA is merged. The model a LoRA run started from must still be where the run found it.
+    LoRA is merged. With `cfg.push_to_hub` the folder goes to that repository as well. The
+    model a LoRA run started from must still be where the run found it.
 
     Raises:
         ConfigError: With every problem of the configuration.
@@ -45,9 +48,12 @@ def export(cfg: DictConfig) -> Path:
         for name, weight in checkpoint.state_dict.items()
         if name.startswith(PREFIX)
     }
-    out = export_state(model, tokenizer, state, cfg.out)
+    about = about_run(run, runs.last_metrics(folder))
+    out = export_state(model, tokenizer, state, cfg.out, about=about)
     if "world" in run.data:
         save_world(make_world(**run.data.world), out)
+    if cfg.push_to_hub:
+        push_folder(out, cfg.push_to_hub)
     return out
 
 
@@ -74,7 +80,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 def _main(cfg: DictConfig) -> None:
     try:
         print(f"model: {export(cfg)}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

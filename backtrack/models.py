@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -207,6 +209,25 @@ def folder_fingerprint(path: str | Path) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "blake2b").digest())
     return digest.hexdigest()
+
+
+def push_folder(folder: Path, repo_id: str) -> None:
+    """Upload a model folder to a repository of the hub, which is made, private, if need be.
+
+    Raises:
+        OSError: If the hub refuses; the folder stays as it is.
+    """
+    hub = HfApi()
+    try:
+        hub.create_repo(repo_id, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"push_to_hub: {repo_id!r} could not be written ({reason}). "
+            f"The model is in {folder}. Look at the name (NAME/MODEL) and at `hf auth login`, then "
+            f"`hf upload {repo_id} {folder}`"
+        ) from error
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:

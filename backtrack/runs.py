@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import re
@@ -201,6 +202,17 @@ def keep_log(folder: Path) -> None:
     for path in folder.glob("*/metrics.csv"):
         count = len(list(path.parent.glob("metrics*.csv")))
         path.rename(path.with_name(f"metrics-{count}.csv"))
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """Return the last logged value of each metric of a run; none where it kept no CSV log."""
+    found: dict[str, float] = {}
+    # Parts of a resumed run are numbered; the last one is not.
+    for path in [*sorted(folder.glob("*/metrics-*.csv")), *folder.glob("*/metrics.csv")]:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found |= {name: float(value) for name, value in row.items() if value}
+    return found
 
 
 def point_latest(folder: Path) -> None:

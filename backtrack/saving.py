@@ -71,7 +71,11 @@ or weights need a calibration of their own: `python -m backtrack.calibrate check
 
 
 def save_folder(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    about: str = "",
 ) -> Path:
     """Write weights, tokenizer, chat template and a model card to `folder`, and return it.
 
@@ -82,6 +86,7 @@ def save_folder(
         model: With a row for [RESET].
         tokenizer: With [RESET] and a chat template.
         folder: Must not exist, or be empty.
+        about: More for the model card, see `card.about_run`.
 
     Raises:
         ValueError: If `folder` holds something already.
@@ -97,7 +102,8 @@ def save_folder(
         _write_generation_config(model, tokenizer, partial)
         reset_id = reset_token_id(tokenizer)
         card = CARD.format(reset=tokenizer.convert_ids_to_tokens(reset_id), reset_id=reset_id)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        text = f"{card}\n{about}" if about else card
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
         partial.replace(folder)
     except BaseException:  # Ctrl-C as well: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,6 +128,8 @@ def export_state(
     tokenizer: PreTrainedTokenizerBase,
     state_dict: Mapping[str, Tensor],
     folder: str | Path,
+    *,
+    about: str = "",
 ) -> Path:
     """Load what was trained into `model`, write it as `save_folder` does, and return the folder.
 
@@ -130,6 +138,7 @@ def export_state(
         tokenizer: Of the run.
         state_dict: Every trained weight by its name in `model`; frozen ones may be absent.
         folder: See `save_folder`.
+        about: See `save_folder`.
 
     Raises:
         ValueError: If names or shapes are those of another model.
@@ -145,7 +154,7 @@ def export_state(
             f"({', '.join(problems[:3])}, ...); it was made with another model or model.lora"
         )
     model.load_state_dict(dict(state_dict), strict=False)
-    return save_folder(model, tokenizer, folder)
+    return save_folder(model, tokenizer, folder, about=about)
 
 
 def _write_generation_config(

@@ -30,6 +30,7 @@ from backtrack.build import (
     prepare_model,
     trains_on_gpu,
 )
+from backtrack.card import about_run
 from backtrack.checkpoints import is_complete
 from backtrack.checks import check_values
 from backtrack.config import ConfigError, check_command_line
@@ -176,10 +177,13 @@ def _leave_model(
         trained = whole_weights(model, keeps=is_first)
     if not is_first:
         return
+    for logger in module.trainer.loggers:
+        logger.save()
+    out, about = folder / runs.MODEL, about_run(cfg, runs.last_metrics(folder))
     if trained is None:
-        save_folder(model, tokenizer, folder / runs.MODEL)
+        save_folder(model, tokenizer, out, about=about)
     else:
-        export_state(module.whole_model(), tokenizer, trained, folder / runs.MODEL)
+        export_state(module.whole_model(), tokenizer, trained, out, about=about)
     if "world" in cfg.data:
         save_world(make_world(**cfg.data.world), folder / runs.MODEL)
     runs.point_latest(folder)

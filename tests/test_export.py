@@ -98,3 +98,36 @@ def test_export_command_ends_in_one_message(monkeypatch, tmp_path, capsys):
     assert f"model: {tmp_path / 'out'}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: out: .*holds something already"):
         main()
+
+
+def test_exported_folder_goes_to_the_hub_where_it_is_wanted(tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo_id, **settings):
+            calls.append(("create", repo_id, settings))
+
+        def upload_folder(self, **settings):
+            calls.append(("upload", settings))
+
+    monkeypatch.setattr("backtrack.models.HfApi", Hub)
+    make_run(tmp_path / "run")
+    options = [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "push_to_hub=me/mine"]
+    out = export(compose_config("export", options))
+    assert calls == [
+        ("create", "me/mine", {"private": True, "exist_ok": True}),
+        ("upload", {"repo_id": "me/mine", "folder_path": out}),
+    ]
+
+
+def test_hub_that_refuses_leaves_the_folder_and_says_what_to_do(tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, repo_id, **settings):
+            raise OSError("no network")
+
+    monkeypatch.setattr("backtrack.models.HfApi", Hub)
+    make_run(tmp_path / "run")
+    options = [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "push_to_hub=me/mine"]
+    with pytest.raises(OSError, match=r"push_to_hub: 'me/mine'.*no network.*hf auth login"):
+        export(compose_config("export", options))
+    assert (tmp_path / "out/model.safetensors").is_file()

@@ -49,6 +49,7 @@ LAYERS = {
     "backtrack.adapters": ADAPTERS,
     "backtrack.attacks": ADAPTERS,
     "backtrack.backbone": ADAPTERS,
+    "backtrack.card": ADAPTERS,
     "backtrack.compiled": ADAPTERS,
     "backtrack.universal": ADAPTERS,
     "backtrack.consolidate": ADAPTERS,
