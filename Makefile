@@ -34,7 +34,7 @@ board: setup  ## Open TensorBoard on logs/
 	$(BIN)/tensorboard --logdir logs $(ARGS)
 
 clean:  ## Remove caches and build products (not .venv, not logs/)
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build dist
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* .hypothesis htmlcov build dist
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
