@@ -198,7 +198,13 @@ def make_module(
     }
     if cfg.objective.name == "sft":
         return SFTModule(model, **shared)
-    settings = DPOSettings(cfg.objective.loss, cfg.objective.beta, cfg.objective.label_smoothing)
+    objective = cfg.objective
+    settings = DPOSettings(
+        objective.loss,
+        objective.beta,
+        objective.label_smoothing,
+        keeps_reference=objective.reference == "model",
+    )
     return DPOModule(model, settings=settings, **shared)
 
 
@@ -213,7 +219,9 @@ def make_trainer(cfg: DictConfig, *, num_steps: int) -> pl.Trainer:
         devices=section.devices,
         num_nodes=section.num_nodes,
         strategy=make_strategy(
-            cfg.strategy, on_gpu=trains_on_gpu(cfg), has_frozen=bool(cfg.model.lora)
+            cfg.strategy,
+            on_gpu=trains_on_gpu(cfg),
+            has_frozen=bool(cfg.model.lora) or cfg.objective.get("reference") == "model",
         ),
         precision=section.precision,
         max_epochs=1,

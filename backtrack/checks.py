@@ -91,7 +91,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _fraction(v) and v < 0.5,
         "a number from 0 to below 0.5",
     ),
-    "objective.reference": (_one_of("precomputed", "adapter"), "precomputed or adapter"),
+    "objective.reference": (
+        _one_of("precomputed", "model", "adapter"),
+        "precomputed, model or adapter",
+    ),
     "optimizer.learning_rate": (_positive, "a number above 0"),
     "optimizer.betas": (
         lambda v: OmegaConf.is_list(v) and len(v) == 2 and all(map(_fraction, v)),
@@ -244,6 +247,11 @@ def _preference_problems(cfg: DictConfig) -> list[str]:
     if objective.reference == "adapter" and not cfg.model.lora:
         problems.append(
             "objective.reference: adapter needs LoRA; expected precomputed, or set model.lora"
+        )
+    if objective.reference == "model" and cfg.model.lora:
+        problems.append(
+            "objective.reference: model would hold the frozen weights twice under LoRA; expected "
+            "precomputed or adapter"
         )
     if data.backtrack and not objective.elicit_weight + objective.discourage_weight:
         problems.append(

@@ -52,7 +52,7 @@ class Memory(NamedTuple):
         activations: What the backward pass needs of the layers.
         head: Of the chunked head: logits, their gradient, that of its weights; or what else peaks.
         buffers: Of communication: gathered layers, buckets.
-        reference: Of the reference model: none is ever loaded.
+        reference: Of the reference, where it is a model of its own.
         host: Of one rank, in the memory of the host.
     """
 
@@ -267,7 +267,13 @@ def memory(job: Job) -> Memory:
         weights = gradients = optimizer = update = 0.0
     backward = waiting + again + layer_work(job) - _cleared(job, gradients)
     peaks = (head_work(job), backward, last - kept, update - kept, 0.0)
-    return Memory(weights, gradients, optimizer, kept, max(peaks), buffers(job), 0.0, host)
+    # A frozen copy, spread as the weights are; offloaded with them.
+    reference = float(shape.num_trained * own.weight) if job.reference == "model" else 0.0
+    if job.strategy in SHARDED_WEIGHTS:
+        reference /= job.ranks
+    if job.strategy == "zero3_offload":
+        host, reference = host + reference, 0.0
+    return Memory(weights, gradients, optimizer, kept, max(peaks), buffers(job), reference, host)
 
 
 def _cleared(job: Job, gradients: float) -> float:
@@ -304,7 +310,7 @@ def step_operations(job: Job) -> float:
     is above it in its example. Padding is computed like any token.
     """
     shape = job.shape
-    per_weight = (4 if shape.num_frozen else 6) + 2 * job.has_adapter_reference
+    per_weight = (4 if shape.num_frozen else 6) + 2 * job.runs_reference
     again = 2 * (1 - kept_layers(job) / shape.layers)
     tokens = job.rows * job.length
     layers = (per_weight + again) * shape.layer_weights * tokens

@@ -206,7 +206,7 @@ def job_of(cfg: DictConfig, shape: Shape) -> Job:
         has_fixed_rows=trainer.accelerator != "cpu" and data.layout == "forest",
         chunk_size=cfg.objective.chunk_size,
         checkpointing=float(cfg.model.gradient_checkpointing),
-        has_adapter_reference=cfg.objective.get("reference") == "adapter",
+        reference=cfg.objective.get("reference", "precomputed"),
         reshards=cfg.strategy.get("reshard_after_forward", True),
         bucket_size=cfg.strategy.get("bucket_size", 0),
         attends_by_tree=trainer.accelerator == "cpu" and data.layout == "forest",
@@ -233,7 +233,7 @@ def _heading(cfg: DictConfig, job: Job) -> str:
         f"{shape.num_trained / 1e9:.4g} B of them trained",
         f"{cfg.strategy.name}, {trainer.num_nodes} x {trainer.devices} GPUs, {trainer.precision}",
         f"a step: {cfg.data.batch_size} examples of {job.example_tokens:.0f} tokens ({tokens})",
-        f"a GPU: {job.micro * (1 + job.has_adapter_reference)} forwards a step, each of "
+        f"a GPU: {job.micro * (1 + job.runs_reference)} forwards a step, each of "
         f"{job.rows} x {job.length} tokens (rows x length, padding included)",
     ]
     return "\n".join(lines + _hints(cfg, job))

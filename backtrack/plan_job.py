@@ -84,7 +84,7 @@ class Job(NamedTuple):
         has_fixed_rows: Whether rows are padded to `max_tokens`, as on a GPU.
         chunk_size: n.
         checkpointing: Share of the layers whose activations are recomputed.
-        has_adapter_reference: Whether the reference is a second forward, without gradient.
+        reference: `objective.reference`; what is not precomputed is a second forward.
         reshards: FSDP2's `reshard_after_forward`.
         bucket_size: DeepSpeed's, in numbers.
         attends_by_tree: Whether attention runs tree by tree (`tree_attention`), as on a CPU.
@@ -104,7 +104,7 @@ class Job(NamedTuple):
     has_fixed_rows: bool
     chunk_size: int
     checkpointing: float
-    has_adapter_reference: bool
+    reference: str
     reshards: bool = True
     bucket_size: int = 200_000_000
     attends_by_tree: bool = False
@@ -113,6 +113,11 @@ class Job(NamedTuple):
     def ranks(self) -> int:
         """Return the devices of all nodes."""
         return self.devices * self.num_nodes
+
+    @property
+    def runs_reference(self) -> bool:
+        """Return whether each step has a forward of the reference."""
+        return self.reference != "precomputed"
 
     @property
     def examples(self) -> int:

@@ -96,7 +96,7 @@ class Case(NamedTuple):
             has_fixed_rows=False,
             chunk_size=1024,
             checkpointing=self.checkpointing,
-            has_adapter_reference=False,
+            reference="precomputed",
             attends_by_tree=True,
         )
 

@@ -54,7 +54,7 @@ JOB = Job(
     has_fixed_rows=True,
     chunk_size=8,
     checkpointing=0.0,
-    has_adapter_reference=False,
+    reference="precomputed",
 )
 
 
@@ -242,9 +242,11 @@ def test_memory_of_offload_lies_on_the_host():
     assert moved.total < spread.total
 
 
-def test_memory_of_the_reference_is_none():
-    for has_adapter in (False, True):
-        assert memory(JOB._replace(has_adapter_reference=has_adapter)).reference == 0
+def test_memory_of_the_reference_is_that_of_a_frozen_copy_where_it_is_one():
+    for name, expected in (("precomputed", 0), ("adapter", 0), ("model", 4 * SHAPE.num_trained)):
+        assert memory(JOB._replace(reference=name)).reference == expected
+    spread = JOB._replace(reference="model", strategy="zero3", devices=8)
+    assert memory(spread).reference == 4 * SHAPE.num_trained / 8
 
 
 def test_memory_total_is_the_sum_of_its_parts_but_the_host():
@@ -280,7 +282,7 @@ def test_plan_operations_by_hand():
     assert step_operations(JOB) == layers + head + attention
     again = step_operations(JOB._replace(checkpointing=1.0)) - step_operations(JOB)
     assert again == 2 * 10_000 * 40 + 4 * 64 * 10 * (40 * 5)
-    reference = step_operations(JOB._replace(has_adapter_reference=True))
+    reference = step_operations(JOB._replace(reference="adapter"))
     assert reference == pytest.approx(step_operations(JOB) * 8 / 6)
 
 

@@ -132,14 +132,19 @@ class ForestModule(pl.LightningModule):
         if self._assembly is None:
             return
         if self._assembly.make is not None and getattr(self, "model", None) is None:
-            self._adopt(self._assembly.make())
+            self.make_parts(self._assembly.make)
         if self._assembly.shard is not None and not is_sharded(self.model):
             self._assembly.shard(self)
 
+    def make_parts(self, make: Callable[[], PreTrainedModel]) -> None:
+        """Make the model by `make`, which gives another one like it at each call."""
+        self._adopt(make())
+
     def on_fit_start(self) -> None:
         """Tell ZeRO-3 who uses whose weights, then let `assembly` do what comes first."""
-        register_foreign_weights(self.head, self.head.head.parameters())
         for module in self.modules():
+            if isinstance(module, ChunkedHead):
+                register_foreign_weights(module, module.head.parameters())
             if isinstance(module, TrainableTokensLayer):  # its rows lie in a ParameterDict
                 register_foreign_weights(module, module.trainable_tokens_delta.parameters())
         if self._assembly is not None and self._assembly.on_start is not None:
@@ -161,9 +166,9 @@ class ForestModule(pl.LightningModule):
         words = (self.seed, batch.step, micro, self.trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
-    def hidden_states(self, forest: Forest) -> Tensor:
-        """Return the hidden states of the edges' predictors: (E, D)."""
-        backbone, config = backbone_and_head(self.model).backbone, self.model.config
+    def hidden_states(self, forest: Forest, model: PreTrainedModel) -> Tensor:
+        """Return the hidden states of the edges' predictors under `model`: (E, D)."""
+        backbone, config = backbone_and_head(model).backbone, model.config
         if attends_by_tree(config) and not is_causal(forest):
             flat = flatten(forest, config)
             output = backbone(
@@ -200,11 +205,16 @@ class ForestModule(pl.LightningModule):
         """Return what the model says to `inputs`, for callers from outside that decode."""
         return self.model(**inputs)
 
-    def logps_of(self, forest: Forest) -> Tensor:
-        """Return what `forest_logps` does, within a step."""
-        softcap = backbone_and_head(self.model).softcap
-        states = self.hidden_states(forest)
-        _, logps = self.head(states, forest.targets, softcap=softcap, chunk_size=self.chunk_size)
+    def logps_of(
+        self,
+        forest: Forest,
+        model: PreTrainedModel | None = None,
+        head: ChunkedHead | None = None,
+    ) -> Tensor:
+        """Return what `forest_logps` does, within a step; of another model where it is given."""
+        model, head = model or self.model, head or self.head
+        states, softcap = self.hidden_states(forest, model), backbone_and_head(model).softcap
+        _, logps = head(states, forest.targets, softcap=softcap, chunk_size=self.chunk_size)
         return cast("Tensor", logps)
 
     def forest_loss(
@@ -222,7 +232,7 @@ class ForestModule(pl.LightningModule):
             return loss(logps, slice(0, len(logps))), logps
         softcap = backbone_and_head(self.model).softcap
         found = self.head(
-            self.hidden_states(forest),
+            self.hidden_states(forest, self.model),
             forest.targets,
             softcap=softcap,
             ends=ends,

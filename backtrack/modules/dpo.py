@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from backtrack.backbone import backbone_and_head
+from backtrack.head_loss import ChunkedHead
 from backtrack.logps import path_logps
 from backtrack.losses import PREFERENCE_LOSSES, PairLogps, rewards
 from backtrack.modules.base import ForestModule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from peft import PeftModel
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from backtrack.data.batching import StepBatch
     from backtrack.data.forest import Forest
@@ -27,6 +31,8 @@ class DPOSettings(NamedTuple):
     loss: str
     beta: float
     label_smoothing: float
+    keeps_reference: bool = False
+    """Whether the reference is a frozen model beside the trained one."""
 
 
 EVERY = slice(None)
@@ -52,14 +58,20 @@ def pair_logps(
 class DPOModule(ForestModule):
     """DPO over pairs of branches (Rafailov et al. 2023; pairs: docs/paper_map.md).
 
-    The reference's log-probs come with the batch (`objective.reference=precomputed`) or, where the
-    batch has none, from the same model with its LoRA adapter disabled.
+    The reference's log-probs come with the batch (`objective.reference=precomputed`), from a frozen
+    copy of the model (`model`; spread over the ranks where the model is), or else from the same
+    model with its LoRA adapter disabled (`adapter`).
     """
+
+    reference: PreTrainedModel
+    reference_head: ChunkedHead
 
     def __init__(self, model: Any, *, settings: DPOSettings, **shared: Any) -> None:
         """Wrap `model`; `shared` is what `ForestModule` takes."""
         super().__init__(model, **shared)
         self.settings = settings
+        if model is not None and settings.keeps_reference:
+            self._keep_reference(copy.deepcopy(model))
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch, scaled for the step."""
@@ -85,7 +97,29 @@ class DPOModule(ForestModule):
         """Return the branch log-probs of the reference: (P,) in nats."""
         if batch.reference_logps is not None:
             return batch.reference_logps
+        if self.settings.keeps_reference:
+            return self.frozen_logps(batch)
         return self.adapterless_logps(batch)
+
+    def make_parts(self, make: Callable[[], PreTrainedModel]) -> None:
+        """Make the model, and the reference where it is one of its own."""
+        super().make_parts(make)
+        if self.settings.keeps_reference:
+            self._keep_reference(make())
+
+    def _keep_reference(self, model: PreTrainedModel) -> None:
+        self.reference = model.requires_grad_(False)
+        self.reference_head = ChunkedHead(backbone_and_head(model).head)
+
+    def frozen_logps(self, batch: StepBatch) -> Tensor:
+        """Return the branch log-probs of the frozen reference: (P,), no gradient, no dropout."""
+        forest = batch.forest
+        was_training = self.reference.training
+        self.reference.train(False)
+        with torch.no_grad():
+            logps = self.logps_of(forest, self.reference, self.reference_head)
+        self.reference.train(was_training)
+        return path_logps(logps, forest.paths, forest.num_paths)
 
     def adapterless_logps(self, batch: StepBatch) -> Tensor:
         """Return the branch log-probs with the LoRA adapter off: (P,), no gradient, no dropout."""

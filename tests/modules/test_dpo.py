@@ -11,10 +11,11 @@ from torch.testing import assert_close
 
 from backtrack.data.batching import deal, step_weight
 from backtrack.data.examples import make_tree
-from backtrack.modules.dpo import pair_logps
+from backtrack.modules.dpo import DPOModule, DPOSettings, pair_logps
 from backtrack.modules.reference import compute_table
 from tests import oracle
 from tests.modules.builders import (
+    OPTIMIZER,
     PAD,
     RECIPE,
     RESET,
@@ -287,3 +288,27 @@ def test_dpo_validation_shares_add_up_to_the_loss_of_the_whole_set(monkeypatch):
     assert_close(sums["val/loss"], scores.losses.mean(), rtol=1e-5, atol=1e-5)
     is_right = scores.chosen_rewards > scores.rejected_rewards
     assert_close(sums["val/accuracies"], is_right.float().mean())
+
+
+def test_a_frozen_copy_of_the_model_is_the_reference_that_its_log_probs_are():
+    model, trees = tiny_model(), some_trees("dpo_backtrack")
+    table = table_of(model, trees)
+    module = DPOModule(
+        model,
+        settings=DPOSettings("sigmoid", BETA, 0.0, keeps_reference=True),
+        optimizer=OPTIMIZER,
+        num_steps=10,
+        chunk_size=7,
+        reset_token_id=RESET,
+    )
+    with torch.no_grad():
+        for weight in module.model.parameters():
+            weight += 0.05  # the copy stays behind
+    read = module.loss_sums(batch_of(rows_of(trees), table=table))
+    kept = module.loss_sums(batch_of(rows_of(trees)))
+    assert read.keys() == kept.keys()
+    for name, value in read.items():
+        assert_close(kept[name], value)
+    kept["loss"].backward()
+    assert all(weight.grad is None for weight in module.reference.parameters())
+    assert all(weight.grad is not None for weight in module.model.parameters())

@@ -10,7 +10,9 @@ pytestmark = pytest.mark.distributed
 LORA = "model.lora={r: 2, alpha: 4, dropout: 0.0, target_modules: all-linear}"
 
 
-@pytest.mark.parametrize("more", [(), (LORA,)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "more", [(), (LORA,), ("objective.reference=model",)], ids=["full", "lora", "frozen-reference"]
+)
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_ranks_load_their_shares_of_a_folder(tmp_path, strategy, more):
     base = run_ranks(tmp_path / "base", steps=1).folder / "model"
