@@ -1,7 +1,7 @@
-"""How a run whose weights are spread over ranks gets its model, and its reference.
+"""How a run under DeepSpeed or FSDP2 gets its model, and its reference.
 
-No rank may hold more than its share for longer than it takes to load, and every forward takes all
-ranks: what a run of whole weights does before `trainer.fit` happens here within it.
+The engine casts and spreads the weights, and then a forward may take all ranks: what other runs do
+before `trainer.fit` happens here within it. No rank keeps more than its share once it has loaded.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backtrack.build import make_base, prepare_model, untrained_model
-from backtrack.models import folder_fingerprint, model_fingerprint
+from backtrack.models import check_model_folder, folder_fingerprint, model_fingerprint
 from backtrack.modules.base import ENTRIES, Assembly
 from backtrack.modules.reference import Ranks, reference_table
+from backtrack.strategies.build import SHARDED
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import lightning.pytorch as pl
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
@@ -27,37 +30,39 @@ if TYPE_CHECKING:
     from backtrack.modules.base import ForestModule
 
 
-def sharded_parts(
+def engine_parts(
     cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, data: ForestData, trainer: pl.Trainer
 ) -> tuple[Any, Assembly]:
-    """Return the model where it is small enough to be made at once, and what is to be done with it.
+    """Return the model where every rank makes it whole at first, and what is to be done with it.
 
-    A model with a path is loaded by every rank for its own share; one that is made from sizes is
-    the same on every rank by its seed, whole until it is cut.
+    Where weights are spread, a model with a path is loaded by every rank for its own share; one
+    that is made from sizes is the same on every rank by its seed, whole until it is cut.
 
     Args:
-        cfg: Of a run under a strategy of `strategies.build.SHARDED`.
+        cfg: Of a run under DeepSpeed or FSDP2.
         tokenizer: Of the run.
         data: Gets the reference's log-probs where the objective needs them.
         trainer: Of the run.
 
     Raises:
-        ValueError: If `model.path` is no folder.
+        ValueError: If weights are to be spread and `model.path` is no folder.
     """
-    reset_id = reset_token_id(tokenizer)
-    if cfg.model.path is None:
+    needs_reference = cfg.objective.name == "dpo" and cfg.objective.reference == "precomputed"
+    fingerprint: Callable[[], str]
+    if cfg.model.path is None or cfg.strategy.name not in SHARDED:
         base = make_base(cfg, tokenizer)
-        fingerprint, make = model_fingerprint(base), None
-        model = prepare_model(cfg, base, reset_id=reset_id)
+        known = model_fingerprint(base) if needs_reference else ""
+        fingerprint, make = lambda: known, None
+        model = prepare_model(cfg, base, reset_id=reset_token_id(tokenizer))
     else:
-        fingerprint, model = folder_fingerprint(cfg.model.path), None
+        check_model_folder(cfg.model.path)
+        fingerprint, model = partial(folder_fingerprint, cfg.model.path), None
         make = partial(_load, cfg, tokenizer, trainer)
-    shard = partial(_shard, cfg) if cfg.strategy.name == "fsdp2" else None
-    on_start = None
-    if cfg.objective.name == "dpo" and cfg.objective.reference == "precomputed":
-        on_start = partial(_add_reference, cfg, data, fingerprint)
     return model, Assembly(
-        partial(untrained_model, cfg, tokenizer), make=make, shard=shard, on_start=on_start
+        partial(untrained_model, cfg, tokenizer),
+        make=make,
+        shard=partial(_shard, cfg) if cfg.strategy.name == "fsdp2" else None,
+        on_start=partial(_add_reference, cfg, data, fingerprint) if needs_reference else None,
     )
 
 
@@ -89,10 +94,14 @@ def _shard(cfg: DictConfig, module: ForestModule) -> None:
 
 
 def _add_reference(
-    cfg: DictConfig, data: ForestData, fingerprint: str, module: ForestModule
+    cfg: DictConfig, data: ForestData, fingerprint: Callable[[], str], module: ForestModule
 ) -> None:
     """Give `data` the log-probs of the model as it is now; every rank takes its part."""
     trainer = module.trainer
+    # Read once: a folder may be large.
+    known = trainer.strategy.broadcast(fingerprint() if trainer.is_global_zero else "")
+    # In half precision engines round the weights, and autocast does not: another reference.
+    rounding = "" if cfg.trainer.precision == "32-true" else " weights rounded by the engine"
 
     def most(number: int) -> int:
         given = torch.tensor(number, device=trainer.strategy.root_device)
@@ -110,7 +119,7 @@ def _add_reference(
             module,
             data.all_trees(),
             cache_dir=Path(cfg.paths.cache_dir),
-            address=f"{fingerprint} {cfg.trainer.precision}",
+            address=f"{known} {cfg.trainer.precision}{rounding}",
             batches=data.settings,
             ranks=ranks,
         )

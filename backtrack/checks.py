@@ -6,7 +6,6 @@ Problems are lines of the form `key: what is wrong, what would be right`.
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -228,11 +227,6 @@ def _strategy_problems(cfg: DictConfig) -> list[str]:
             f"strategy: single runs on one device, trainer.devices={trainer.devices} and "
             f"trainer.num_nodes={trainer.num_nodes} ask for more; expected strategy=ddp, zero1, "
             "zero2, zero3 or fsdp2"
-        )
-    if name.startswith("zero") and find_spec("deepspeed") is None:
-        problems.append(
-            f"strategy: {name} needs DeepSpeed, which is not installed; "
-            "`pip install 'backtrack-lm[deepspeed]'`, or take fsdp2 or ddp"
         )
     return problems
 

@@ -55,6 +55,10 @@ _DEEPSPEED_KEYS = {
 }
 
 
+PREFIX = "model."
+"""`ForestModule` keeps the trained model under this name."""
+
+
 class Consolidated(NamedTuple):
     """What a checkpoint holds but for the state of the optimiser.
 
@@ -66,6 +70,12 @@ class Consolidated(NamedTuple):
 
     state_dict: dict[str, Tensor]
     extra: dict[str, Any]
+
+    @property
+    def model_weights(self) -> dict[str, Tensor]:
+        """Weights by their name in the model that is trained."""
+        weights = self.state_dict.items()
+        return {name.removeprefix(PREFIX): w for name, w in weights if name.startswith(PREFIX)}
 
 
 def consolidated(path: Path) -> Consolidated:

@@ -19,8 +19,6 @@ from backtrack.models import push_folder
 from backtrack.modules.base import check_identity
 from backtrack.saving import check_free, export_state
 
-PREFIX = "model."  # ForestModule keeps the model under this name
-
 
 def export(cfg: DictConfig) -> Path:
     """Write what `cfg.checkpoint` holds as a Hugging Face folder to `cfg.out`, and return it.
@@ -43,13 +41,8 @@ def export(cfg: DictConfig) -> Path:
     model = untrained_model(run, tokenizer)
     checkpoint = consolidated(path)
     check_identity(checkpoint.extra, model)
-    state = {
-        name.removeprefix(PREFIX): weight
-        for name, weight in checkpoint.state_dict.items()
-        if name.startswith(PREFIX)
-    }
     about = about_run(run, runs.last_metrics(folder))
-    out = export_state(model, tokenizer, state, cfg.out, about=about)
+    out = export_state(model, tokenizer, checkpoint.model_weights, cfg.out, about=about)
     if "world" in run.data:
         save_world(make_world(**run.data.world), out)
     if cfg.push_to_hub:

@@ -107,7 +107,8 @@ class _HeadLoss(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, log-probs); both leave without a graph of their own."""
-        logps = torch.zeros(len(targets), device=states.device)
+        # fp32 by name: under `bf16-true` the default is another.
+        logps = torch.zeros(len(targets), device=states.device, dtype=torch.float32)
         total = logps.new_zeros(())
         by_states = torch.zeros_like(states)
         by_weights: list[Tensor | None] = [None] * len(weights)

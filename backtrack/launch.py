@@ -12,6 +12,7 @@ import logging
 import os
 from datetime import timedelta
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -140,6 +141,12 @@ def launch_problems(cfg: DictConfig, environ: Mapping[str, str]) -> list[str]:
         cfg: Of conf/train.yaml.
         environ: Of this process.
     """
+    name = cfg.strategy.name
+    if name.startswith("zero") and find_spec("deepspeed") is None:
+        return [
+            f"strategy: {name} needs DeepSpeed, which is not installed; "
+            "`pip install 'backtrack-lm[deepspeed]'`, or take fsdp2 or ddp"
+        ]
     launch = launch_of(environ)
     if launch is None:
         return _shell_problems(cfg.trainer.num_nodes, environ)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 class Lockstep:
@@ -22,21 +23,41 @@ class Lockstep:
     Args:
         forward: Of the whole model, taken by all ranks together.
         device: Of the inputs.
+        decoding: Makes the model ready to decode, as the ranks that decode have it.
     """
 
-    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
-        self._forward, self._device = forward, device
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        device: torch.device,
+        decoding: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._forward, self._device, self._decoding = forward, device, decoding
+        self._has_failed = False
 
     def __call__(self, **inputs: Any) -> Any:
         """Return what the model says to `inputs`, together with a forward of every other rank."""
         self._num_working(is_working=True)
-        return self._forward(**inputs)
+        self._has_failed = True
+        output = self._forward(**inputs)
+        self._has_failed = False
+        return output
 
     def finish(self) -> None:
-        """Keep step with the ranks that still decode; every rank must end with this, once."""
+        """Keep step with the ranks that still decode; every rank must end with this, once.
+
+        Raises:
+            RuntimeError: If a forward failed here, which the others still wait for: this rank has
+                to end, so that they do.
+        """
+        if self._has_failed:
+            raise RuntimeError(
+                "decoding failed within a forward that all ranks make together, see above; leave "
+                "the callbacks that decode out (callbacks=default), or give them less at a time"
+            )
         token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        while self._num_working(is_working=False):
-            with torch.no_grad():
+        with self._decoding():
+            while self._num_working(is_working=False):
                 self._forward(input_ids=token, use_cache=False)
 
     def _num_working(self, *, is_working: bool) -> int:

@@ -191,21 +191,29 @@ def model_fingerprint(model: nn.Module) -> str:
     return _hash(text, model.state_dict())
 
 
-def folder_fingerprint(path: str | Path) -> str:
-    """Return a hash of config and weights of a model folder, by its files: nothing is loaded.
+def check_model_folder(path: str | Path) -> list[Path]:
+    """Return the weight files of a model folder.
 
     Raises:
         ValueError: If it is no folder with safetensors: a hub id, say.
     """
-    folder = Path(path).expanduser()
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(Path(path).expanduser().glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"model.path: {str(path)!r} is no folder with safetensors; weights that are spread "
             "over ranks come from one: `python -m backtrack.prepare model=NAME out=DIR`"
         )
+    return files
+
+
+def folder_fingerprint(path: str | Path) -> str:
+    """Return a hash of config and weights of a model folder, by its files: nothing is loaded.
+
+    Raises:
+        ValueError: See `check_model_folder`.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for file in (folder / "config.json", *files):
+    for file in (Path(path).expanduser() / "config.json", *check_model_folder(path)):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "blake2b").digest())
     return digest.hexdigest()

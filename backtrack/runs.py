@@ -98,7 +98,7 @@ def _choose_run(cfg: DictConfig) -> Run:
     for folder in sorted(_runs_of(cfg), key=_age, reverse=True):
         if _checkpoint_of(folder) is not None and not differences(folder, cfg):
             return _resumed(folder)
-    log.info("resume=auto: no run of %s agrees with this configuration; starting anew", cfg.name)
+    _tell_why_none_agrees(cfg)
     return Run(new_folder(_home(cfg)), None)
 
 
@@ -261,9 +261,20 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
     return sorted(differing + ["strategy.name"] * (ways[0] != ways[1]))
 
 
+def _tell_why_none_agrees(cfg: DictConfig) -> None:
+    """Say that `resume=auto` starts anew, and in what the newest run that could go on differs."""
+    found = [f for f in sorted(_runs_of(cfg), key=_age) if _checkpoint_of(f) is not None]
+    if not found:
+        log.info("resume=auto: there is no run of %s; starting anew", cfg.name)
+        return
+    keys = ", ".join(differences(found[-1], cfg))
+    log.warning("resume=auto: starting anew; %s differs in %s", found[-1], keys)
+
+
 def _is_volatile(key: str) -> bool:
     section, _, rest = key.partition(".")
-    return section in _VOLATILE or (section == "trainer" and rest in _VOLATILE_TRAINER)
+    is_of_trainer = section == "trainer" and rest in _VOLATILE_TRAINER
+    return section in _VOLATILE or is_of_trainer or key == "data.num_workers"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Weights that are spread over ranks (FSDP2, ZeRO-3): whether they are, and to see them whole."""
+"""Weights that are spread over ranks (FSDP2, ZeRO-3): whether they are, and how large they are."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether any weight of `model` is spread over ranks."""
+    """Return whether any weight of `model` is spread over ranks, at this moment or not."""
+    # FSDP2 leaves weights whole after some forwards.
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
     return any(isinstance(p, DTensor) or hasattr(p, "ds_shape") for p in model.parameters())
 
 
@@ -33,32 +37,3 @@ def register_foreign_weights(module: nn.Module, weights: Iterable[Tensor]) -> No
             import deepspeed
 
             deepspeed.zero.register_external_parameter(module, weight)
-
-
-def whole_weights(module: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
-    """Return the trained weights of a module by name, gathered one at a time; every rank must call.
-
-    Args:
-        module: Its frozen weights are left out.
-        keeps: Whether this rank wants them, on the CPU: as much memory as they take.
-
-    Returns:
-        Nothing where `keeps` is false. A weight with several names is there under each.
-    """
-    found: dict[str, Tensor] = {}
-    named = module.named_parameters(remove_duplicate=False)
-    for name, weight in [(name, weight) for name, weight in named if weight.requires_grad]:
-        whole = _gathered(weight, keeps=keeps)
-        if keeps:
-            found[name] = whole
-    return found
-
-
-def _gathered(weight: Any, *, keeps: bool) -> Tensor:
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight]):
-            return weight.detach().cpu().clone() if keeps else torch.empty(0)
-    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return whole.detach().cpu().clone() if keeps else torch.empty(0)

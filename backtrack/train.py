@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from backtrack import CONF_DIR, faults, runs
-from backtrack.assembly import sharded_parts
+from backtrack.assembly import engine_parts
 from backtrack.build import (
     make_base,
     make_data,
@@ -34,15 +34,15 @@ from backtrack.card import about_run
 from backtrack.checkpoints import is_complete
 from backtrack.checks import check_values
 from backtrack.config import ConfigError, check_command_line
+from backtrack.consolidate import consolidated
 from backtrack.cpu import tune_for_training
 from backtrack.data.world import make_world, save_world
 from backtrack.launch import error_line, launch_problems, multirun_problem
 from backtrack.models import model_fingerprint
 from backtrack.modules.reference import reference_table
 from backtrack.saving import export_state, save_folder
-from backtrack.sharding import is_sharded, whole_weights
 from backtrack.start import resolve_start
-from backtrack.strategies.build import SHARDED
+from backtrack.strategies.build import DEEPSPEED, SHARDED
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
@@ -107,8 +107,9 @@ def train(cfg: DictConfig) -> TrainResult:
         code = _exit_code(trainer, data.num_steps)
         if code:
             return TrainResult(run.folder, None, metrics, was_interrupted=True, exit_code=code)
-    is_saved = data.num_steps % cfg.trainer.save_every_n_steps == 0
-    if not (is_saved and is_complete(run.folder / runs.CHECKPOINT)):
+    is_saved = trainer.global_step % cfg.trainer.save_every_n_steps == 0
+    is_saved = is_saved and is_complete(run.folder / runs.CHECKPOINT)
+    if not trainer.strategy.broadcast(is_saved):  # all ranks save, or none
         trainer.save_checkpoint(run.folder / runs.CHECKPOINT, weights_only=False)
     _leave_model(module, tokenizer, run.folder, cfg)
     trainer.strategy.barrier("the model is saved")
@@ -123,8 +124,8 @@ def _make_module(
         "num_steps": data.num_steps,
         "reset_id": reset_token_id(tokenizer),
     }
-    if cfg.strategy.name in SHARDED:
-        model, assembly = sharded_parts(cfg, tokenizer, data, trainer)
+    if cfg.strategy.name in (*DEEPSPEED, *SHARDED):
+        model, assembly = engine_parts(cfg, tokenizer, data, trainer)
         return make_module(cfg, model, assembly=assembly, **sizes)
     base = make_base(cfg, tokenizer)
     needs_reference = cfg.objective.name == "dpo" and cfg.objective.reference == "precomputed"
@@ -168,22 +169,20 @@ def _add_reference(
 def _leave_model(
     module: ForestModule, tokenizer: PreTrainedTokenizerBase, folder: Path, cfg: DictConfig
 ) -> None:
-    """Write the trained model as a plain folder; every rank must come here.
+    """Write the trained model as a plain folder, on the first rank.
 
-    Weights that are spread over ranks are gathered on the first one, one at a time, in host memory.
+    Where an engine spreads the weights, or rounds them, they are read from the last checkpoint.
     """
-    model, trained, is_first = module.model, None, module.trainer.is_global_zero
-    if is_sharded(model):
-        trained = whole_weights(model, keeps=is_first)
-    if not is_first:
+    if not module.trainer.is_global_zero:
         return
     for logger in module.trainer.loggers:
         logger.save()
     out, about = folder / runs.MODEL, about_run(cfg, runs.last_metrics(folder))
-    if trained is None:
-        save_folder(model, tokenizer, out, about=about)
+    if module.assembly is None:
+        save_folder(module.model, tokenizer, out, about=about)
     else:
-        export_state(module.whole_model(), tokenizer, trained, out, about=about)
+        weights = consolidated(folder / runs.CHECKPOINT).model_weights
+        export_state(module.assembly.whole(), tokenizer, weights, out, about=about)
     if "world" in cfg.data:
         save_world(make_world(**cfg.data.world), folder / runs.MODEL)
     runs.point_latest(folder)

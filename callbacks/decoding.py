@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backtrack.generation.engine import HFEngine
+from backtrack.generation.engine import HFEngine, decoding
 from backtrack.lockstep import Lockstep
 from backtrack.sharding import is_sharded
 
@@ -19,7 +19,7 @@ def lockstep_of(module: ForestModule) -> Lockstep | None:
     """Return what keeps ranks in step where they share weights; None where each has them whole."""
     if not is_sharded(module.model):
         return None
-    return Lockstep(module.logits_of, module.device)
+    return Lockstep(module.logits_of, module.device, lambda: decoding(module.model))
 
 
 def engine_of(

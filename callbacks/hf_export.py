@@ -16,7 +16,6 @@ from backtrack.checkpoints import is_complete
 from backtrack.consolidate import consolidated
 from backtrack.data.world import make_world, save_world
 from backtrack.saving import export_state
-from backtrack.sharding import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from backtrack.modules.base import ForestModule
 
 log = logging.getLogger(__name__)
-
-PREFIX = "model."  # ForestModule keeps the model under this name
 
 
 class HFExport(pl.Callback):
@@ -70,11 +67,7 @@ class HFExport(pl.Callback):
             log.warning("hf_export: %s; %s is not written", reason, self.folder)
             return
         checkpoint = consolidated(found)
-        state = {
-            name.removeprefix(PREFIX): weight
-            for name, weight in checkpoint.state_dict.items()
-            if name.startswith(PREFIX)
-        }
+        state = checkpoint.model_weights
         data: ForestData = trainer.datamodule  # type: ignore[attr-defined]
         assert data.tokenizer is not None, "runs keep the tokenizer with their data"
         partial = self.folder.with_name(f".{self.folder.name}.partial")
@@ -96,8 +89,8 @@ class HFExport(pl.Callback):
 def _lent_model(module: ForestModule, state: Mapping[str, Tensor]) -> Iterator[Any]:
     """Lend a whole model whose weights `state` may replace: the trained one, or one like it."""
     model: Any = module.model
-    if is_sharded(model):
-        yield module.whole_model()
+    if module.assembly is not None:  # an engine spreads its weights, or rounds them
+        yield module.assembly.whole()
         return
     own = {
         name: weight.to("cpu", copy=True)

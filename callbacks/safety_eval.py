@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from backtrack.data.module import ForestData
     from backtrack.evaluation.judges import Judge
     from backtrack.evaluation.suites import Suite
+    from backtrack.lockstep import Lockstep
     from backtrack.modules.base import ForestModule
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class SafetyEval(pl.Callback):
         self._suites: list[Suite] = []
         self._judge: Judge | None = None
         self._engine: HFEngine | None = None
+        self._lockstep: Lockstep | None = None
         self._warned: set[tuple[str, str]] = set()
         self._last_step = -1
         self._seconds, self._elapsed = 0.0, 0.0  # of evaluations; of training until a resume
@@ -152,7 +154,7 @@ class SafetyEval(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the model."""
-        self._engine = None
+        self._engine = self._lockstep = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return history and times, as plain values."""
@@ -209,22 +211,24 @@ class SafetyEval(pl.Callback):
         suites = [suite.share(trainer.global_rank, trainer.world_size) for suite in self._suites]
         plugin = trainer.precision_plugin
         # As training computes. Half precision needs nothing: the weights themselves are half.
-        context = plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
-        lockstep = lockstep_of(module)
+        casts = isinstance(plugin, MixedPrecision)
+        if self._engine is None:
+            self._lockstep = lockstep_of(module)
         with isolate_rng():
             try:
                 if self._engine is None:
                     size = self.settings.batch_size
-                    self._engine = engine_of(trainer, module, size, lockstep)
-                with context:
+                    self._engine = engine_of(trainer, module, size, self._lockstep)
+                with plugin.forward_context() if casts else nullcontext():
                     asked = decode_suites(
                         self._engine, suites, self.settings.biases, sampling=self.settings.sampling
                     )
             except Exception as error:  # whatever an architecture stumbles over
                 return Share(None, _fault("engine", error)), error
             finally:
-                if lockstep is not None:
-                    lockstep.finish()
+                if self._lockstep is not None:
+                    with plugin.forward_context() if casts else nullcontext():
+                        self._lockstep.finish()
             try:
                 verdicts = judge_answers(self._judge, asked)
             except Exception as error:  # whatever a judge does

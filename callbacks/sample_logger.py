@@ -121,7 +121,9 @@ class SampleLogger(pl.Callback):
                 self._show(boards, trainer, module, lockstep)
         finally:
             if lockstep is not None:  # the other ranks lend their weights
-                lockstep.finish()
+                is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+                with trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
+                    lockstep.finish()
 
     def _show(
         self,

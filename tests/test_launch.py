@@ -332,3 +332,11 @@ def test_launch_ranks_train_together_what_they_start_from_in_a_folder_of_its_own
     assert named is None
     assert found.model.path == str(tmp_path / "model")
     assert os.environ[RUN_DIR_VARIABLE] == str(tmp_path / "named")
+
+
+def test_launch_zero_without_deepspeed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("backtrack.launch.find_spec", lambda name: None)
+    cfg = compose_config("train", ["+experiment=tiny_sft", "strategy=zero2"])
+    (problem,) = launch_problems(cfg, {})
+    assert problem.startswith("strategy: zero2 needs DeepSpeed")
+    assert "pip install 'backtrack-lm[deepspeed]'" in problem

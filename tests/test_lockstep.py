@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -47,7 +48,7 @@ def test_every_rank_makes_as_many_forwards_as_the_busiest(works, monkeypatch):
         def forward(**_):
             made[number] += 1
 
-        together = Lockstep(forward, torch.device("cpu"))
+        together = Lockstep(forward, torch.device("cpu"), nullcontext)
         for _ in range(works[number]):
             together()
         together.finish()
@@ -80,3 +81,14 @@ def test_every_forward_of_an_engine_is_announced_and_runs_the_head():
     shared = HFEngine(model, tokenizer, batch_size=2, forward=forward).generate(requests)
     assert [c.visible_ids for c in shared] == [c.visible_ids for c in plain]
     assert counts.layers == counts.head == counts.announced > 0
+
+
+def test_a_rank_that_failed_within_a_forward_ends_and_does_not_wait(monkeypatch):
+    def fail(**_):
+        raise MemoryError
+
+    together = Lockstep(fail, torch.device("cpu"), nullcontext)
+    with pytest.raises(MemoryError):
+        together()
+    with pytest.raises(RuntimeError, match="leave the callbacks that decode out"):
+        together.finish()

@@ -125,7 +125,8 @@ class HFEngine:
         completions: dict[int, Completion] = {}
         # Not inference_mode: rotary embeddings that adapt to the length would keep its tensors, and
         # a model that a callback decodes with goes on training.
-        with self._decoding():
+        is_compiled = self._forward is not None and not self._is_shared
+        with decoding(self._model, is_compiled=is_compiled):
             runner = self._make_runner(capacity, min(self._batch_size, len(requests)))
             while not board.is_finished:
                 for answer in self._step(board, runner):
@@ -137,19 +138,6 @@ class HFEngine:
                     for index, closest in zip(answer.requests, answer.closest, strict=True):
                         completions[index] = like[closest]
         return [completions[index] for index in range(len(requests))]
-
-    @contextmanager
-    def _decoding(self) -> Iterator[None]:
-        """Make the model ready to decode, and leave it as it was."""
-        # Layers that training compiled would be compiled again for the shapes of decoding.
-        stance = "default" if self._forward and not self._is_shared else "force_eager"
-        with (
-            _evaluating(self._model),
-            attending_by_sdpa(self._model),
-            torch.compiler.set_stance(stance),
-            torch.no_grad(),
-        ):
-            yield
 
     def _make_runner(self, capacity: int, num_slots: int) -> Runner:
         """Return what runs the model; slots if it takes them."""
@@ -253,6 +241,24 @@ class HFEngine:
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+@contextmanager
+def decoding(model: PreTrainedModel, *, is_compiled: bool = False) -> Iterator[None]:
+    """Make a model ready to decode, and leave it as it was.
+
+    Args:
+        model: May be in training.
+        is_compiled: Whether its steps are compiled for decoding; layers that training compiled
+            would be compiled again for these shapes.
+    """
+    with (
+        _evaluating(model),
+        attending_by_sdpa(model),
+        torch.compiler.set_stance("default" if is_compiled else "force_eager"),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -111,7 +111,7 @@ class ForestModule(pl.LightningModule):
             assembly: How the model is made and cut where its weights are spread over ranks.
         """
         super().__init__()
-        self._assembly = assembly
+        self.assembly = assembly
         if model is not None:
             self._adopt(model)
         self.optimizer_settings = optimizer
@@ -129,12 +129,12 @@ class ForestModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model, or spread its weights, where that takes all ranks. Idempotent."""
-        if self._assembly is None:
+        if self.assembly is None:
             return
-        if self._assembly.make is not None and getattr(self, "model", None) is None:
-            self.make_parts(self._assembly.make)
-        if self._assembly.shard is not None and not is_sharded(self.model):
-            self._assembly.shard(self)
+        if self.assembly.make is not None and getattr(self, "model", None) is None:
+            self.make_parts(self.assembly.make)
+        if self.assembly.shard is not None and not is_sharded(self.model):
+            self.assembly.shard(self)
 
     def make_parts(self, make: Callable[[], PreTrainedModel]) -> None:
         """Make the model by `make`, which gives another one like it at each call."""
@@ -147,13 +147,8 @@ class ForestModule(pl.LightningModule):
                 register_foreign_weights(module, module.head.parameters())
             if isinstance(module, TrainableTokensLayer):  # its rows lie in a ParameterDict
                 register_foreign_weights(module, module.trainable_tokens_delta.parameters())
-        if self._assembly is not None and self._assembly.on_start is not None:
-            self._assembly.on_start(self)
-
-    def whole_model(self) -> PreTrainedModel:
-        """Return another model, whole, for the trained weights to enter; where they are spread."""
-        assert self._assembly is not None, "weights that are spread were made so by an assembly"
-        return self._assembly.whole()
+        if self.assembly is not None and self.assembly.on_start is not None:
+            self.assembly.on_start(self)
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Let what is random follow from seed, step, micro-batch and rank alone.

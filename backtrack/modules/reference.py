@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 WINDOW = 128
 """Trees between two writes: what a kill loses at most, and what one process does at a time."""
 SECONDS_BETWEEN_LINES = 60
+SECONDS_OF_PATIENCE = 30
+"""With a file system that shows one rank what another has written."""
 
 
 class Ranks(NamedTuple):
@@ -131,8 +133,8 @@ def reference_table(
     index = index_trees(trees, fingerprint=address, dtype=dtype)
     folder = cache_dir / "reference" / index.key
     table = open_table(folder, index)
-    if ranks is not None and ranks.first_says(table is not None):
-        table = open_table(folder, index)  # this rank may have looked too early
+    if ranks is not None:
+        table = _as_the_first_rank(table, lambda: open_table(folder, index), ranks)
     if table is not None:
         log.info("reference log-probs of %d trees read from %s", len(table), folder)
         return table
@@ -142,9 +144,30 @@ def reference_table(
             fill_table(partial, module, trees, batches=batches, show_progress=show_progress)
         else:
             _fill_in_step(partial, module, trees, batches, ranks)
-        partial.finish()
+        if ranks is None or ranks.rank == 0:
+            partial.finish()
+    if ranks is not None:
+        ranks.barrier()
     table = load_table(folder)
     assert table is not None
+    return table
+
+
+def _as_the_first_rank(
+    table: ReferenceTable | None, look_again: Callable[[], ReferenceTable | None], ranks: Ranks
+) -> ReferenceTable | None:
+    """Return the table where the first rank has it, else None: all compute it, or none does."""
+    if not ranks.first_says(table is not None):
+        return None
+    for _ in range(SECONDS_OF_PATIENCE):  # a shared file system may show it later
+        if table is None:
+            time.sleep(1)
+            table = look_again()
+    if table is None:
+        raise ValueError(
+            "paths.cache_dir: the first rank has a table of reference log-probs there which this "
+            "one does not see; expected a folder that all ranks share"
+        )
     return table
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import shutil
 from hashlib import blake2b
 from pathlib import Path
@@ -184,7 +185,7 @@ class PartialTable:
 
     def finish(self) -> None:
         """Declare the table complete."""
-        partial = self._folder / f".{CHECKSUM}.{os.getpid()}"
+        partial = self._folder / f".{CHECKSUM}.{platform.node()}.{os.getpid()}"
         partial.write_text(_checksum(self._folder), encoding="ascii")
         partial.replace(self._folder / CHECKSUM)
 

@@ -50,6 +50,9 @@ def shard_module(
         entries: Methods of `module` that use its weights, each a forward to FSDP2.
         reshard_after_forward: Whether layers let go of their weights until the backward pass.
         half: Compute in bf16, with gradients summed in fp32.
+
+    Raises:
+        ValueError: If there are no such layers.
     """
     policy = MixedPrecisionPolicy()
     if half:
@@ -57,7 +60,13 @@ def shard_module(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for layer in [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]:
+    layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            "strategy: fsdp2 finds no decoder layers of transformers in this model, to spread them "
+            "one by one; expected zero3"
+        )
+    for layer in layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **settings)
     # Embedding and head stay whole from the forward to the backward pass: one may be the other.
     fully_shard(module, reshard_after_forward=False, **settings)

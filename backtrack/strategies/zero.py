@@ -56,7 +56,11 @@ class ZeROStrategy(StagedSaving, DeepSpeedStrategy):
         check(path, rank=self.global_rank, num_ranks=self.world_size)
         self.barrier("the checkpoint is sound")
         log.info("resuming on %d ranks: converting %s", self.world_size, path)
-        on_first_rank(self, lambda: to_universal(path, universal))
+        on_first_rank(
+            self,
+            lambda: to_universal(path, universal),
+            remedy="look for free space, or resume on as many ranks as wrote it",
+        )
         with loading_universal(self.deepspeed_engine, universal):
             # Past `StagedSaving`: it has just been written.
             state = DeepSpeedStrategy.load_checkpoint(self, universal, weights_only)

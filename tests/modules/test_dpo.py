@@ -312,3 +312,17 @@ def test_a_frozen_copy_of_the_model_is_the_reference_that_its_log_probs_are():
     kept["loss"].backward()
     assert all(weight.grad is None for weight in module.reference.parameters())
     assert all(weight.grad is not None for weight in module.model.parameters())
+
+
+def test_the_loss_is_fp32_whatever_the_default_is():
+    model, trees = tiny_model(), some_trees("dpo_backtrack")
+    batch = batch_of(rows_of(trees), table=table_of(model, trees))
+    module = dpo_module(model)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as under `bf16-true`
+    try:
+        sums = module.loss_sums(batch)
+    finally:
+        torch.set_default_dtype(default)
+    assert sums["loss"].dtype == torch.float32
+    assert float(sums["loss"]) == pytest.approx(math.log(2) * batch.total_weight, rel=1e-5)
