@@ -18,7 +18,7 @@ import torch
 
 from backtrack.data.template import end_of_turn_id
 from backtrack.generation.board import Board
-from backtrack.generation.reset import split_at_resets
+from backtrack.generation.reset import completion_of, split_at_resets
 from backtrack.generation.runner import (
     PlainRunner,
     Runner,
@@ -221,22 +221,15 @@ class HFEngine:
         is_stopped = answer.tokens[-1] in self.stop_ids
         ids = [*request.prefill_ids, *answer.tokens]
         split = split_at_resets(ids[:-1] if is_stopped else ids, self._reset_id)
-        reason: FinishReason = "stop" if is_stopped else "length"
-        if reason == "length" and not split.visible:
-            reason = "length_after_reset"
         first_visible = max(len(ids) - is_stopped - len(split.visible) - num_prefilled, 0)
-        return Completion(
-            visible_ids=split.visible,
-            visible_text=self._text(split.visible),
-            discarded=split.discarded,
-            discarded_texts=tuple(self._text(part) for part in split.discarded),
-            num_resets=split.num_resets,
-            finish_reason=reason,
+        return completion_of(
+            split,
+            is_stopped=is_stopped,
+            text_of=self._text,
             ttft_s=answer.times[first_visible] - answer.start if split.visible else None,
             seconds=answer.times[-1] - answer.start,
             num_generated=num_generated,
-            num_discarded=sum(len(part) for part in split.discarded),
-            reset_margins=tuple(answer.margins),
+            reset_margins=answer.margins,
         )
 
     def _text(self, ids: Sequence[int]) -> str:

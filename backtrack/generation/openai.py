@@ -27,8 +27,8 @@ from backtrack.data.template import end_of_turn_id
 from backtrack.generation.openai_cache import CompletionCache, request_key
 from backtrack.generation.openai_replies import ReplyReader, Step, reset_margin
 from backtrack.generation.openai_wire import RefusedError, Wire
-from backtrack.generation.reset import noise_key, split_at_resets
-from backtrack.generation.types import Completion, FinishReason
+from backtrack.generation.reset import completion_of, noise_key, split_at_resets
+from backtrack.generation.types import Completion
 from backtrack.tokens import reset_token_id
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class OpenAIEngine:
         return self._complete(
             answer,
             steps,
-            reason="stop" if end == "stop" else "length",
+            is_stopped=end == "stop",
             num_generated=sampling.max_new_tokens - num_left,
             seconds=perf_counter() - start,
             temperature=sampling.temperature,
@@ -259,27 +259,20 @@ class OpenAIEngine:
         answer: list[int],
         steps: list[Step],
         *,
-        reason: FinishReason,
+        is_stopped: bool,
         num_generated: int,
         seconds: float,
         temperature: float,
     ) -> Completion:
         """Return the completion that an answer makes."""
-        split = split_at_resets(answer, self.reset_id)
-        if reason == "length" and not split.visible:
-            reason = "length_after_reset"
-        return Completion(
-            visible_ids=split.visible,
-            visible_text=self._text(split.visible),
-            discarded=split.discarded,
-            discarded_texts=tuple(self._text(part) for part in split.discarded),
-            num_resets=split.num_resets,
-            finish_reason=reason,
-            ttft_s=None,
+        return completion_of(
+            split_at_resets(answer, self.reset_id),
+            is_stopped=is_stopped,
+            text_of=self._text,
+            ttft_s=None,  # the answer comes whole
             seconds=seconds,
             num_generated=num_generated,
-            num_discarded=sum(len(part) for part in split.discarded),
-            reset_margins=tuple(reset_margin(step, temperature) for step in steps),
+            reset_margins=[reset_margin(step, temperature) for step in steps],
         )
 
     def _warn(self) -> None:

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from backtrack.generation.types import Completion
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from backtrack.generation.types import FinishReason
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are no character, or not yet one."""
@@ -61,6 +65,43 @@ def split_at_resets(ids: Sequence[int], reset_id: int) -> Split:
             parts[-1].append(token)
     *discarded, visible = (tuple(part) for part in parts)
     return Split(visible, tuple(discarded), len(discarded))
+
+
+def completion_of(
+    split: Split,
+    *,
+    is_stopped: bool,
+    text_of: Callable[[Sequence[int]], str],
+    ttft_s: float | None,
+    seconds: float,
+    num_generated: int,
+    reset_margins: Sequence[float],
+) -> Completion:
+    """Return the completion that an answer makes; see `Completion`.
+
+    Args:
+        split: Of the answer, its end-of-turn token left out.
+        is_stopped: Whether it had one; else its budget ended it.
+        text_of: Decodes ids.
+        ttft_s: See `Completion`.
+        seconds: See `Completion`.
+        num_generated: See `Completion`.
+        reset_margins: See `Completion`.
+    """
+    reason: FinishReason = "length" if split.visible else "length_after_reset"
+    return Completion(
+        visible_ids=split.visible,
+        visible_text=text_of(split.visible),
+        discarded=split.discarded,
+        discarded_texts=tuple(text_of(part) for part in split.discarded),
+        num_resets=split.num_resets,
+        finish_reason="stop" if is_stopped else reason,
+        ttft_s=ttft_s,
+        seconds=seconds,
+        num_generated=num_generated,
+        num_discarded=sum(len(part) for part in split.discarded),
+        reset_margins=tuple(reset_margins),
+    )
 
 
 def noise_key(seed: int, request_id: str, sample: int) -> int:
